@@ -1,0 +1,27 @@
+"""The HTTP endpoint for one night's model, until Ctrl-C or SIGTERM.
+
+    python jobs/serve.py --config jobs/nightly.yaml --date 2026-11-23 --serving.host 0.0.0.0
+
+It authenticates nobody: listen on a private network, or behind a gateway that does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tiger_ray.job import run_job
+
+if TYPE_CHECKING:
+    from tiger_ray.config import Settings
+    from tiger_ray.storage import Storage
+
+
+def main(settings: Settings, storage: Storage) -> None:
+    from tiger_ray import serving
+
+    inputs = [storage.resolve(name, settings.date) for name in ("model", "semantic_ids", "sequences")]
+    serving.run(settings, storage, *inputs)
+
+
+if __name__ == "__main__":
+    run_job(main)
