@@ -1,0 +1,51 @@
+"""What every test may use: an S3 server on loopback, and credentials that are good for nothing else."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from typing import Any
+
+import boto3
+import pytest
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """An S3 server of this test session; child processes find it through the environment."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    variables = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "test-access-key",
+        "AWS_SECRET_ACCESS_KEY": "test-secret-key",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1,localhost"])),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+            patch.delenv(variable, raising=False)
+        for variable, value in variables.items():
+            patch.setenv(variable, value)
+        yield endpoint
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_client(s3_endpoint: str) -> Any:
+    """A boto3 client of that server that knows nothing of tiger_ray."""
+    return boto3.session.Session().client("s3", endpoint_url=s3_endpoint)
+
+
+@pytest.fixture
+def s3_root(s3_client: Any) -> str:
+    """`s3://bucket/prefix` in a bucket of this test alone."""
+    bucket = f"bucket-{secrets.token_hex(6)}"
+    s3_client.create_bucket(Bucket=bucket)
+    return f"s3://{bucket}/prefix"

@@ -1,0 +1,1150 @@
+"""Artifacts in a local folder or an S3-compatible store, published exactly once.
+
+Layout below ROOT/<artifact>/ (only the manifests are ever looked for; nothing is ever deleted):
+
+    _claims/<fingerprint>.json                the run that computes these inputs and settings, crash or not
+    _runs/<run_id>/<attempt>-<digest>/<name>  data; the digest keeps a late writer from overwriting
+    _runs/<run_id>/_done/<name>.json          the first finished file of that name; later ones adopt it
+    _runs/<run_id>/_manifest.json             the run is complete and may be published under any date
+    date=D/_manifest.json                     one conditional write: the only moment that publishes anything
+    latest.json                               a hint, moved by compare-and-swap, never to an older date
+
+Credentials, endpoint and region come from the usual AWS variables or an instance role on every machine by
+itself; they are never stored, pickled or printed.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, TypeVar
+from urllib.parse import quote, unquote, urlencode, urlsplit
+
+import boto3
+import botocore.config
+import botocore.exceptions
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from tiger_ray.errors import (
+    ArtifactError,
+    CommitUnknownError,
+    DataError,
+    PublishError,
+    SettingsError,
+    StorageError,
+)
+from tiger_ray.faults import crash_point
+
+FORMAT_VERSION = 1
+
+_T = TypeVar("_T")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
+_ENTRY_PATH = re.compile(r"_runs/[0-9a-f]{32}(/[A-Za-z0-9][A-Za-z0-9._=+-]*)+")
+_SOFTWARE = ("tiger-ray", "numpy", "pyarrow", "ray", "torch")
+_TIMEOUT_S = 30.0
+_CHECK_TIMEOUT_S = 3.0
+_CHECK_DEADLINE_S = 6.0
+_INPUT_DEADLINE_S = 60.0
+_jitter = random.SystemRandom()
+
+
+# Values
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileEntry(_Value):
+    """One file of a run: where it is, and what it must contain."""
+
+    path: str
+    """Address relative to ROOT/<artifact>."""
+    bytes: int = Field(ge=0)
+    rows: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    facts: dict[str, int] = {}
+    """Counts that the writer of the file made on the way."""
+
+    @property
+    def name(self) -> str:
+        """The file's name within its run."""
+        return self.path.rsplit("/", 1)[-1]
+
+    @field_validator("path")
+    @classmethod
+    def _path_stays_inside_runs(cls, path: str) -> str:
+        if not _ENTRY_PATH.fullmatch(path):
+            raise ValueError(f"{path!r} does not lie inside _runs/<run id>/")
+        return path
+
+
+class Manifest(_Value):
+    """Everything there is to know about one complete run; a file that no manifest names does not exist."""
+
+    format_version: int = FORMAT_VERSION
+    artifact: str
+    date: str
+    """Night it is published for; empty in the manifest of a run that is complete but bound to no date."""
+    run_id: str
+    fingerprint: str
+    files: tuple[FileEntry, ...]
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    """Digest of every artifact it was made from."""
+    metadata: dict[str, Any]
+    """Deterministic facts about the content."""
+    software: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the content alone, files and metadata; not of the run, the date or any path."""
+        return fingerprint(
+            {"files": sorted([entry.name, entry.sha256] for entry in self.files), "metadata": self.metadata}
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows of all files together."""
+        return sum(entry.rows for entry in self.files)
+
+    def file(self, name: str) -> FileEntry:
+        """The entry of that name; ArtifactError if the run has no such file."""
+        for entry in self.files:
+            if entry.name == name:
+                return entry
+        raise ArtifactError(
+            f"{self.artifact} of {self.date or 'no date'} (run {self.run_id}) has no file {name!r}; "
+            f"it has {len(self.files)}: {', '.join(entry.name for entry in self.files[:5])}"
+        )
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file of the user's own data, and which version of it was seen."""
+
+    path: str
+    """Address within the filesystem of `input_filesystem`."""
+    bytes: int
+    version: str
+    """ETag on S3, modification time in nanoseconds in a folder."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A small object as it was read, with the tag that a conditional write may name."""
+
+    data: bytes
+    etag: str
+
+
+def fingerprint(parts: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of `parts`: equal parts in any order give the same 64 hex digits."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# Publishing
+
+
+class Storage:
+    """A root under which artifacts are computed, published and read; cheap to pickle, holds no connection.
+
+    Args:
+        root: folder or `s3://bucket/prefix` that every node reaches.
+        commit_deadline_s: seconds to keep trying a request that the store does not answer.
+
+    Raises:
+        SettingsError: the root is neither a folder nor an S3 address, or carries credentials.
+    """
+
+    def __init__(self, root: str, *, commit_deadline_s: float = 300.0) -> None:
+        scheme, path = _parse_uri(root)
+        self.root = f"s3://{path}" if scheme == "s3" else path
+        self.commit_deadline_s = commit_deadline_s
+
+    def __repr__(self) -> str:
+        return f"Storage({self.root!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "commit_deadline_s": self.commit_deadline_s}
+
+    @cached_property
+    def store(self) -> Store:
+        """The connection of this process, opened on first use."""
+        return _open_store(self.root, _TIMEOUT_S)
+
+    def uri(self, key: str) -> str:
+        """Full address of a key below the root, for people."""
+        return f"{self.root}/{key}"
+
+    def check(self) -> None:
+        """Write, read, list, conditionally write and delete a probe, before anything expensive starts.
+
+        Raises:
+            StorageError: within about 10 s; says which permission, bucket, folder or endpoint to change.
+        """
+        store = _open_store(self.root, _CHECK_TIMEOUT_S)
+        _persist(lambda: _probe(store, self.root), _CHECK_DEADLINE_S)
+
+    def begin(self, artifact: str, fingerprint: str) -> Run:
+        """Claim the run that computes this fingerprint, or continue the one that an earlier job left."""
+        _require_name("artifact", artifact)
+        key = f"{artifact}/_claims/{fingerprint}.json"
+        claim = self._create(key, _to_json({"run_id": secrets.token_hex(16)}))
+        return Run(self, artifact, self._parse_claim(key, claim), secrets.token_hex(4), fingerprint)
+
+    def completed(self, artifact: str, fingerprint: str) -> Manifest | None:
+        """The manifest (without date) of a complete and intact run of this fingerprint, if there is one."""
+        claim_key = f"{artifact}/_claims/{fingerprint}.json"
+        claim = self._get(claim_key)
+        if claim is None:
+            return None
+        key = f"{artifact}/_runs/{self._parse_claim(claim_key, claim.data)}/_manifest.json"
+        stored = self._get(key)
+        if stored is None:
+            return None
+        manifest = self._parse_manifest(key, stored.data, artifact, "")
+        return manifest if self._intact(artifact, manifest.files) else None
+
+    def published(self, artifact: str, date: str) -> Manifest | None:
+        """What is published for this date, if anything."""
+        key = _manifest_key(artifact, date)
+        stored = self._get(key)
+        return None if stored is None else self._parse_manifest(key, stored.data, artifact, date)
+
+    def publish(
+        self,
+        run: Run,
+        *,
+        date: str,
+        files: Iterable[FileEntry],
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        metadata: Mapping[str, Any],
+        replace: bool = False,
+    ) -> Manifest:
+        """Declare the run complete and publish it for `date`, exactly once.
+
+        Args:
+            run: the run whose files these are.
+            date: night, YYYY-MM-DD.
+            files: every file of the artifact, all written.
+            settings: what the run was computed with, ready for JSON.
+            inputs: digest of each artifact it was computed from.
+            metadata: deterministic facts about the content, ready for JSON.
+            replace: take the place of another run that is published for this date.
+
+        Returns:
+            What is published now: this run, or an equal one that was there first.
+
+        Raises:
+            PublishError: another run is published for this date; nothing was changed.
+            CommitUnknownError: the store gave no answer; the next run finds out whether it is published.
+        """
+        manifest = run.as_manifest(
+            files, settings=dict(settings), inputs=dict(inputs), metadata=dict(metadata)
+        )
+        names = {entry.name for entry in manifest.files}
+        assert len(names) == len(manifest.files), "a file name occurs twice"
+        crash_point(f"{run.artifact}.computed")
+        key = f"{run.artifact}/_runs/{run.run_id}/_manifest.json"
+
+        def still_good(data: bytes) -> bool:
+            held = self._parse_manifest(key, data, run.artifact, "")
+            return self._intact(run.artifact, held.files)
+
+        data = self._create(key, _manifest_json(manifest), still_good)
+        complete = self._parse_manifest(key, data, run.artifact, "")
+        return self.publish_again(complete, date, replace=replace)
+
+    def publish_again(self, manifest: Manifest, date: str, *, replace: bool = False) -> Manifest:
+        """Publish a complete run for `date` and move `latest.json`; harmless if it is published already.
+
+        Raises: as `publish`.
+        """
+        published = self._commit(manifest.model_copy(update={"date": date}), replace)
+        crash_point(f"{manifest.artifact}.published")
+        self._move_latest(published)
+        return published
+
+    # Reading
+
+    def resolve(self, artifact: str, date: str | None = None) -> Manifest:
+        """The manifest published for `date`, or for the latest date.
+
+        Raises:
+            ArtifactError: nothing is published there, or this version cannot read it.
+        """
+        wanted = date or self._latest_date(artifact)
+        manifest = self.published(artifact, wanted) if wanted else None
+        if manifest is None:
+            latest = self._latest_date(artifact) if date else None
+            raise ArtifactError(
+                f"no {artifact} is published{f' for {wanted}' if wanted else ''} under {self.root}"
+                f"{f'; the latest is of {latest}' if latest else ''}. Run the stage that writes {artifact} "
+                "first, or correct storage.root or the date"
+            )
+        return manifest
+
+    def read_table(
+        self, manifest: Manifest, file: str | FileEntry, columns: Sequence[str] | None = None
+    ) -> pa.Table:
+        """A Parquet file of a run; the digest is verified when all columns are read, else the size.
+
+        Raises:
+            ArtifactError: the file is missing or damaged, or lacks a column.
+        """
+        entry = manifest.file(file) if isinstance(file, str) else file
+
+        def parse(source: Any) -> pa.Table:
+            self._require_size(manifest, entry, source.size())
+            if columns is None:
+                source = pa.BufferReader(self._require_digest(manifest, entry, source.read_buffer()))
+            parquet = pq.ParquetFile(source)
+            absent = [name for name in columns or () if name not in parquet.schema_arrow.names]
+            if absent:
+                raise ArtifactError(
+                    f"{self._file_uri(manifest, entry)} has no column {absent[0]!r}, "
+                    f"only {', '.join(parquet.schema_arrow.names)}"
+                )
+            return parquet.read() if columns is None else parquet.read(list(columns)).select(columns)
+
+        try:
+            return self._read(manifest, entry, parse)
+        except (pa.ArrowException, OSError) as error:
+            raise ArtifactError(
+                f"{self._file_uri(manifest, entry)} is not readable as Parquet: {error}"
+            ) from None
+
+    def read_file(self, manifest: Manifest, file: str | FileEntry) -> bytes:
+        """The bytes of a file of a run, size and digest verified.
+
+        Raises:
+            ArtifactError: the file is missing or damaged.
+        """
+        entry = manifest.file(file) if isinstance(file, str) else file
+
+        def parse(source: Any) -> bytes:
+            self._require_size(manifest, entry, source.size())
+            data: bytes = self._require_digest(manifest, entry, source.read())
+            return data
+
+        return self._read(manifest, entry, parse)
+
+    def _read(self, manifest: Manifest, entry: FileEntry, parse: Callable[[Any], _T]) -> _T:
+        try:
+            return self._persist(lambda: self.store.read(f"{manifest.artifact}/{entry.path}", parse))
+        except FileNotFoundError:
+            raise ArtifactError(
+                f"{self._file_uri(manifest, entry)} is missing, though the manifest names it. {_RESTORE}"
+            ) from None
+
+    def _require_size(self, manifest: Manifest, entry: FileEntry, size: int) -> None:
+        if size != entry.bytes:
+            uri = self._file_uri(manifest, entry)
+            raise ArtifactError(f"{uri} has {size} bytes, its manifest says {entry.bytes}. {_RESTORE}")
+
+    def _require_digest(self, manifest: Manifest, entry: FileEntry, data: _T) -> _T:
+        found = hashlib.sha256(data).hexdigest()  # type: ignore[arg-type]
+        if found != entry.sha256:
+            uri = self._file_uri(manifest, entry)
+            raise ArtifactError(f"{uri} has SHA-256 {found}, its manifest says {entry.sha256}. {_RESTORE}")
+        return data
+
+    def _file_uri(self, manifest: Manifest, entry: FileEntry) -> str:
+        return self.uri(f"{manifest.artifact}/{entry.path}")
+
+    # The protocol
+
+    def _persist(self, action: Callable[[], _T]) -> _T:
+        return _persist(action, self.commit_deadline_s)
+
+    def _get(self, key: str) -> Stored | None:
+        return self._persist(lambda: self.store.get(key))
+
+    def _create(self, key: str, data: bytes, still_good: Callable[[bytes], bool] | None = None) -> bytes:
+        """Put `data` unless something good is there; returns what is there then. The first writer wins."""
+
+        def create() -> bytes:
+            with suppress(_Outrun):
+                self.store.put_if(key, data, None)
+                return data
+            held = self.store.get(key)
+            if held is None:
+                raise _Outrun(f"{self.uri(key)} was refused as existing, but does not exist")
+            if held.data == data or still_good is None or still_good(held.data):
+                return held.data
+            self.store.put_if(key, data, held.etag)
+            return data
+
+        return self._persist(create)
+
+    def _commit(self, mine: Manifest, replace: bool) -> Manifest:
+        key = _manifest_key(mine.artifact, mine.date)
+        data = _manifest_json(mine)
+        at_start = self._get(key)
+        replaceable = at_start.etag if at_start is not None and replace else None
+        unanswered = False
+
+        def commit() -> Manifest:
+            nonlocal unanswered
+            # Read before every write: an earlier write of ours may have landed though its answer was lost.
+            there = self.store.get(key)
+            if there is not None:
+                held = self._parse_manifest(key, there.data, mine.artifact, mine.date)
+                if held.fingerprint == mine.fingerprint and (not replace or held.files == mine.files):
+                    return held
+                if there.etag != replaceable:
+                    raise PublishError(self._refusal(held, mine, replace))
+            try:
+                self.store.put_if(key, data, None if there is None else there.etag)
+            except _NoAnswer:
+                unanswered = True
+                raise
+            return mine
+
+        try:
+            return self._persist(commit)
+        except StorageError as error:
+            if not unanswered:
+                raise
+            raise CommitUnknownError(
+                f"{self.uri(key)} was sent, and no definite answer came within {self.commit_deadline_s:g} s: "
+                "it may or may not be published. Nothing was deleted; run the same night again to find out. "
+                f"The last answer: {error}"
+            ) from None
+
+    def _refusal(self, held: Manifest, mine: Manifest, replace: bool) -> str:
+        taken = (
+            f"{self.uri(mine.artifact)} of {mine.date} is published by run {held.run_id}, made from other "
+            f"inputs or settings (fingerprint {held.fingerprint[:12]}, here {mine.fingerprint[:12]}); "
+            "nothing was changed"
+        )
+        if replace:
+            return f"{taken}. Another job published it while this one was running"
+        return f"{taken}. To put run {mine.run_id} in its place: --storage.replace true"
+
+    def _move_latest(self, published: Manifest) -> None:
+        key = f"{published.artifact}/latest.json"
+        data = _to_json({"date": published.date, "run_id": published.run_id})
+
+        def move() -> None:
+            there = self.store.get(key)
+            if there is not None and (there.data == data or _pointed_date(there.data) > published.date):
+                return
+            self.store.put_if(key, data, None if there is None else there.etag)
+
+        self._persist(move)
+
+    def _latest_date(self, artifact: str) -> str | None:
+        _require_name("artifact", artifact)
+        stored = self._get(f"{artifact}/latest.json")
+        if stored is None:
+            return None
+        date = _pointed_date(stored.data)
+        if not date:
+            raise ArtifactError(f"{self.uri(artifact)}/latest.json is damaged; publishing repairs it")
+        return date
+
+    def _intact(self, artifact: str, entries: Iterable[FileEntry]) -> bool:
+        entries = list(entries)
+        folders = {"/".join(entry.path.split("/")[:2]) for entry in entries}
+        sizes = {
+            found.path: found.bytes
+            for folder in folders
+            for found in self._persist(partial(self.store.find, f"{artifact}/{folder}"))
+        }
+        return all(sizes.get(f"{artifact}/{entry.path}") == entry.bytes for entry in entries)
+
+    def _parse_claim(self, key: str, data: bytes) -> str:
+        try:
+            return _Claim.model_validate_json(data).run_id
+        except ValidationError:
+            raise ArtifactError(f"{self.uri(key)} is damaged: it names no run") from None
+
+    def _parse_manifest(self, key: str, data: bytes, artifact: str, date: str) -> Manifest:
+        try:
+            version = _Version.model_validate_json(data).format_version
+            if version > FORMAT_VERSION:
+                raise ArtifactError(
+                    f"{self.uri(key)} has format version {version}, and this tiger_ray reads none above "
+                    f"{FORMAT_VERSION}: upgrade tiger_ray"
+                )
+            manifest = Manifest.model_validate_json(data)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            place = ".".join(str(part) for part in problem["loc"])
+            raise ArtifactError(f"{self.uri(key)} is not a manifest: {place}: {problem['msg']}") from None
+        if (manifest.artifact, manifest.date) != (artifact, date):
+            held = f"{manifest.artifact} of {manifest.date or 'no date'}"
+            raise ArtifactError(f"{self.uri(key)} holds the manifest of {held}")
+        return manifest
+
+
+@dataclass(frozen=True)
+class Run:
+    """One computation of one fingerprint, to be handed to workers; every file it writes is immutable."""
+
+    storage: Storage = field(compare=False)
+    artifact: str
+    run_id: str
+    attempt: str
+    """Random per job: tells the files of two jobs on one run apart."""
+    fingerprint: str
+
+    def write_table(self, name: str, table: pa.Table, facts: Mapping[str, int] | None = None) -> FileEntry:
+        """Write a Parquet file (zstd), equal bytes for equal rows, and record it as done.
+
+        Returns:
+            The entry to publish: this file, or the one of that name that was finished first.
+        """
+        sink = pa.BufferOutputStream()
+        # Chunks decide page boundaries, and two equal tables may be chunked differently.
+        pq.write_table(table.combine_chunks(), sink, compression="zstd")
+        return self._write(name, memoryview(sink.getvalue()), table.num_rows, facts or {})
+
+    def write_file(self, name: str, data: bytes, rows: int = 0) -> FileEntry:
+        """Write any other file and record it as done; returns as `write_table`."""
+        return self._write(name, data, rows, {})
+
+    def read_table(self, entry: FileEntry, columns: Sequence[str] | None = None) -> pa.Table:
+        """A finished Parquet file of this run, as `Storage.read_table`."""
+        return self.storage.read_table(self.as_manifest([entry]), entry, columns)
+
+    def read_file(self, entry: FileEntry) -> bytes:
+        """The bytes of a finished file of this run, as `Storage.read_file`."""
+        return self.storage.read_file(self.as_manifest([entry]), entry)
+
+    def as_manifest(self, files: Iterable[FileEntry], **content: Any) -> Manifest:
+        """The run with these files, bound to no date."""
+        return Manifest(
+            artifact=self.artifact,
+            date="",
+            run_id=self.run_id,
+            fingerprint=self.fingerprint,
+            files=tuple(sorted(files, key=lambda entry: entry.name)),
+            **({"settings": {}, "inputs": {}, "metadata": {}, "software": _software()} | content),
+        )
+
+    def finished(self) -> dict[str, FileEntry]:
+        """Files of this run that any job finished and that are still there, by name."""
+        store = self.storage.store
+        found = self.storage._persist(lambda: store.find(f"{self.artifact}/_runs/{self.run_id}"))
+        sizes = {file.path: file.bytes for file in found}
+        done = [key for key in sizes if key.startswith(self._done_key("")) and key.endswith(".json")]
+        with ThreadPoolExecutor(16) as threads:
+            stored = list(threads.map(self.storage._get, done))
+        entries = [self._parse_entry(key, item.data) for key, item in zip(done, stored, strict=True) if item]
+        there = [entry for entry in entries if sizes.get(f"{self.artifact}/{entry.path}") == entry.bytes]
+        return {entry.name: entry for entry in there}
+
+    def folder_uri(self, name: str) -> str:
+        """Address of a folder of this run for a tool that writes by itself; the same for every attempt.
+
+        Returns:
+            An absolute path, or a pyarrow S3 URI that names endpoint and region but no credentials.
+        """
+        _require_name("folder", name)
+        key = f"{self.artifact}/_runs/{self.run_id}/{name}"
+        scheme, root = _parse_uri(self.storage.root)
+        if scheme == "local":
+            return f"{root}/{key}"
+        options = _s3_options()
+        return f"s3://{quote(f'{root}/{key}')}" + (f"?{urlencode(options)}" if options else "")
+
+    def _write(self, name: str, data: bytes | memoryview, rows: int, facts: Mapping[str, int]) -> FileEntry:
+        _require_name("file", name)
+        sha256 = hashlib.sha256(data).hexdigest()
+        path = f"_runs/{self.run_id}/{self.attempt}-{sha256[:16]}/{name}"
+        entry = FileEntry(path=path, bytes=len(data), rows=rows, sha256=sha256, facts=dict(facts))
+        storage = self.storage
+        storage._persist(lambda: storage.store.put(f"{self.artifact}/{path}", data))
+        key = self._done_key(f"{name}.json")
+
+        def still_good(data: bytes) -> bool:
+            held = self._parse_entry(key, data)
+            return held.bytes in [found.bytes for found in storage.store.find(f"{self.artifact}/{held.path}")]
+
+        return self._parse_entry(key, storage._create(key, _to_json(entry.model_dump()), still_good))
+
+    def _done_key(self, name: str) -> str:
+        return f"{self.artifact}/_runs/{self.run_id}/_done/{name}"
+
+    def _parse_entry(self, key: str, data: bytes) -> FileEntry:
+        try:
+            return FileEntry.model_validate_json(data)
+        except ValidationError as error:
+            raise ArtifactError(f"{self.storage.uri(key)} is damaged: {error.errors()[0]['msg']}") from None
+
+
+_RESTORE = "To compute and publish it again: --storage.replace true"
+
+
+class _Claim(_Value):
+    run_id: str = Field(pattern=r"^[0-9a-f]{32}$")
+
+
+class _Version(BaseModel):
+    format_version: int
+
+
+def _manifest_key(artifact: str, date: str) -> str:
+    _require_name("artifact", artifact)
+    if not _DATE.fullmatch(date):
+        raise ArtifactError(f"date must be a day like 2026-11-23, not {date!r}")
+    return f"{artifact}/date={date}/_manifest.json"
+
+
+def _require_name(what: str, name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise ArtifactError(f"{what} name {name!r} must be letters, digits and any of . _ = + -")
+
+
+def _to_json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _manifest_json(manifest: Manifest) -> bytes:
+    return _to_json(manifest.model_dump(mode="json"))
+
+
+def _pointed_date(latest: bytes) -> str:
+    """The date in a `latest.json`; empty, hence older than any, if it is damaged."""
+    try:
+        date = json.loads(latest)["date"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    return date if isinstance(date, str) and _DATE.fullmatch(date) else ""
+
+
+@lru_cache
+def _software() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _SOFTWARE:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def _persist(action: Callable[[], _T], deadline_s: float) -> _T:
+    """Repeat `action` while the store gives no definite answer, up to the deadline."""
+    give_up = time.monotonic() + deadline_s
+    pause_s = 0.05
+    while True:
+        try:
+            return action()
+        except _TryAgain:
+            pause_s = min(2 * pause_s, 10.0)
+            wait_s = _jitter.uniform(0.2, 1.0) * pause_s
+            if time.monotonic() + wait_s > give_up:
+                raise
+            time.sleep(wait_s)
+
+
+def _probe(store: Store, root: str) -> None:
+    key = f".probe-{secrets.token_hex(8)}"
+    first, second = b"first", b"second"
+    problem = None
+    try:
+        store.get(key)
+        store.put_if(key, first, None)
+        stored = store.get(key)
+        if stored is None or stored.data != first or not store.find(key):
+            raise StorageError(f"{root} does not give back what was just written; it needs consistent reads")
+        if _accepts(store, key, second, None):
+            problem = "If-None-Match: * (create only if absent)"
+        elif _accepts(store, key, second, '"0123456789abcdef0123456789abcdef"'):
+            problem = "If-Match (replace only what was seen)"
+        else:
+            store.put_if(key, second, stored.etag)
+            store.put(key, first)
+            store.read(key, lambda source: source.read())
+    except StorageError:
+        with suppress(StorageError):
+            store.delete(key)
+        raise
+    store.delete(key)
+    if problem:
+        raise StorageError(
+            f"the store of {root} ignores conditional writes: it overwrote an object in spite of {problem}. "
+            "Two jobs could then publish one date; use a store that has them, such as AWS S3 or MinIO"
+        )
+
+
+def _accepts(store: Store, key: str, data: bytes, etag: str | None) -> bool:
+    try:
+        store.put_if(key, data, etag)
+    except _Outrun:
+        return False
+    return True
+
+
+# The user's own data
+
+
+def list_inputs(uri: str, suffix: str = ".parquet") -> list[InputFile]:
+    """Files to read at `uri`, a file or a folder, in order of their names.
+
+    Args:
+        uri: path or `s3://` address.
+        suffix: other files of a folder are passed over, and so is every name that starts with `_` or `.`.
+
+    Raises:
+        DataError: nothing to read there, or a Parquet file of 0 bytes.
+        StorageError: the store cannot be reached or read.
+    """
+    scheme, path = _parse_uri(uri)
+    store: Store
+    if scheme == "s3":
+        bucket, _, key = path.partition("/")
+        store, base = _S3Store(bucket, "", _TIMEOUT_S), bucket
+    else:
+        key, base = path.lstrip("/"), ""
+        store = _LocalStore("/")
+    found = _persist(lambda: store.find(key), _INPUT_DEADLINE_S)
+    files, passed_over = [], []
+    for file in sorted(found, key=lambda file: file.path):
+        below = file.path[len(key) :].lstrip("/")  # empty if the uri names this very file
+        hidden = any(part.startswith(("_", ".")) for part in below.split("/"))
+        if file.path.endswith("/"):
+            continue  # a marker that some tools write for a folder
+        if hidden or (below and not below.endswith(suffix)):
+            passed_over.append(below)
+        else:
+            files.append(InputFile(f"{base}/{file.path}", file.bytes, file.version))
+    if not files:
+        others = f"; other files are there, such as {passed_over[0]!r}" if passed_over else ""
+        raise DataError(f"no {suffix} file at {uri}{others}. Correct the uri, or write the files first")
+    for file in files:
+        if file.path.endswith(".parquet") and file.bytes == 0:
+            raise DataError(f"{file.path} has 0 bytes, so it is no Parquet file; write it again or remove it")
+    return files
+
+
+def input_filesystem(uri: str) -> tuple[Any, str]:
+    """The pyarrow filesystem of `uri`, without credentials in it, and the path of `uri` within it."""
+    scheme, path = _parse_uri(uri)
+    return (_s3_filesystem(_TIMEOUT_S) if scheme == "s3" else pyarrow.fs.LocalFileSystem()), path
+
+
+def _parse_uri(uri: str) -> tuple[str, str]:
+    """("s3", "bucket/prefix") or ("local", "/absolute/path"), neither with a slash at its end."""
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return "local", os.path.abspath(os.path.expanduser(uri))
+    if scheme == "file":
+        return "local", os.path.abspath(unquote(rest))
+    if scheme != "s3":
+        raise SettingsError(f"{scheme}:// is not supported: use a folder or s3://bucket/prefix")
+    bucket = rest.partition("/")[0]
+    if "@" in bucket or ":" in bucket:
+        raise SettingsError(
+            "an s3:// address must not hold credentials or a port: set AWS_ACCESS_KEY_ID, "
+            "AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL, or use an instance role"
+        )
+    if "?" in rest:
+        raise SettingsError(
+            f"s3://{rest.partition('?')[0]} must end there: the endpoint and region after `?` come from "
+            "AWS_ENDPOINT_URL and AWS_REGION"
+        )
+    if not bucket:
+        raise SettingsError(f"{uri!r} names no bucket: use s3://bucket/prefix")
+    return "s3", "/".join(part for part in rest.split("/") if part)
+
+
+# Stores
+
+
+class _TryAgain(StorageError):
+    """The request had no lasting effect that we know of, and may be repeated."""
+
+
+class _NoAnswer(_TryAgain):
+    """Timeout, throttling, conflict or server error: it may have happened or not."""
+
+
+class _Outrun(_TryAgain):
+    """The condition of a conditional write did not hold."""
+
+
+class Store(Protocol):
+    """The few operations that publishing needs; keys are relative to the root.
+
+    All raise `_NoAnswer` where repeating may help, and StorageError where it will not.
+    """
+
+    def get(self, key: str) -> Stored | None:
+        """The whole object and its tag."""
+
+    def read(self, key: str, parse: Callable[[Any], _T]) -> _T:
+        """What `parse` makes of the opened object; FileNotFoundError if there is none."""
+
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        """Write the object; no reader ever sees a part of it."""
+
+    def put_if(self, key: str, data: bytes, etag: str | None) -> None:
+        """Write if the object has this tag, or, for None, does not exist; otherwise `_Outrun`."""
+
+    def find(self, prefix: str) -> list[InputFile]:
+        """The object of this name, or all objects in the folder of this name."""
+
+    def delete(self, key: str) -> None:
+        """Remove a probe."""
+
+
+def _open_store(root: str, timeout_s: float) -> Store:
+    scheme, path = _parse_uri(root)
+    if scheme == "local":
+        return _LocalStore(path)
+    bucket, _, prefix = path.partition("/")
+    return _S3Store(bucket, prefix, timeout_s)
+
+
+class _LocalStore:
+    """A folder; writes are a temporary file plus a rename or a hard link."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def get(self, key: str) -> Stored | None:
+        with _os_errors("read", self.folder / key):
+            try:
+                data = (self.folder / key).read_bytes()
+            except FileNotFoundError:
+                return None
+        return Stored(data, hashlib.sha256(data).hexdigest())
+
+    def read(self, key: str, parse: Callable[[Any], _T]) -> _T:
+        with _os_errors("read", self.folder / key), pa.OSFile(str(self.folder / key)) as source:
+            return parse(source)
+
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        path = self.folder / key
+        with _os_errors("write", path), _temporary_file(path, data) as temporary:
+            os.replace(temporary, path)
+
+    def put_if(self, key: str, data: bytes, etag: str | None) -> None:
+        path = self.folder / key
+        with _os_errors("write", path), _temporary_file(path, data) as temporary:
+            if etag is None:
+                try:
+                    os.link(temporary, path)
+                except FileExistsError:
+                    raise _Outrun(f"{path} exists") from None
+            else:
+                with _locked(path.with_name(f".{path.name}.lock")):
+                    there = self.get(key)
+                    if there is None or there.etag != etag:
+                        raise _Outrun(f"{path} was changed by another job")
+                    os.replace(temporary, path)
+
+    def find(self, prefix: str) -> list[InputFile]:
+        top = self.folder / prefix
+        with _os_errors("list", top):
+            if top.is_file():
+                paths = [top]
+            else:
+                walk = os.walk(top, onerror=_raise_unless_gone)
+                paths = [Path(folder, name) for folder, _, names in walk for name in names]
+            found = []
+            for path in paths:
+                with suppress(FileNotFoundError):  # another writer's temporary file
+                    stat = path.stat()
+                    key = path.relative_to(self.folder).as_posix()
+                    found.append(InputFile(key, stat.st_size, str(stat.st_mtime_ns)))
+        return found
+
+    def delete(self, key: str) -> None:
+        with _os_errors("delete", self.folder / key):
+            (self.folder / key).unlink(missing_ok=True)
+            (self.folder / f".{key}.lock").unlink(missing_ok=True)
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+@contextmanager
+def _temporary_file(path: Path, data: bytes | memoryview) -> Iterator[Path]:
+    """A file with this content beside `path`, on disk before its name is, and gone afterwards."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+_OS_ADVICE = {
+    errno.EACCES: "grant this user access to the folder, or change storage.root",
+    errno.EPERM: "grant this user access to the folder, or use one on a filesystem with hard links",
+    errno.EROFS: "the filesystem is read-only; change storage.root",
+    errno.ENOSPC: "the disk is full; free space or change storage.root",
+    errno.EDQUOT: "the disk quota is used up; free space or change storage.root",
+    errno.ENOTDIR: "a part of the path is a file, not a folder; change storage.root",
+    errno.EOPNOTSUPP: "the filesystem lacks hard links or locks; use another disk or s3://",
+}
+
+
+@contextmanager
+def _os_errors(verb: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        # No errno: pyarrow found the content damaged.
+        if error.errno is None or (verb == "read" and isinstance(error, FileNotFoundError)):
+            raise
+        advice = _OS_ADVICE.get(error.errno, "correct the path")
+        raise StorageError(f"cannot {verb} {path}: {os.strerror(error.errno)}; {advice}") from None
+
+
+class _S3Store:
+    """A bucket; conditional writes and listings through boto3, bulk data through pyarrow."""
+
+    def __init__(self, bucket: str, prefix: str, timeout_s: float) -> None:
+        self.bucket, self.prefix, self.timeout_s = bucket, prefix, timeout_s
+
+    @property
+    def _client(self) -> Any:
+        return _s3_client(_endpoint(), _region(), self.timeout_s)
+
+    @cached_property
+    def _filesystem(self) -> Any:
+        return _s3_filesystem(self.timeout_s)
+
+    def _key(self, key: str) -> str:
+        return f"{self.prefix}/{key}" if self.prefix and key else self.prefix + key
+
+    def get(self, key: str) -> Stored | None:
+        with self._errors("GetObject", key):
+            try:
+                answer = self._client.get_object(Bucket=self.bucket, Key=self._key(key))
+                return Stored(answer["Body"].read(), answer["ETag"])
+            except self._client.exceptions.NoSuchKey:
+                return None
+
+    def read(self, key: str, parse: Callable[[Any], _T]) -> _T:
+        with (
+            self._errors("GetObject", key),
+            self._filesystem.open_input_file(f"{self.bucket}/{self._key(key)}") as source,
+        ):
+            return parse(source)
+
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        with (
+            self._errors("PutObject", key),
+            self._filesystem.open_output_stream(f"{self.bucket}/{self._key(key)}") as sink,
+        ):
+            sink.write(data)
+
+    def put_if(self, key: str, data: bytes, etag: str | None) -> None:
+        condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
+        with self._errors("PutObject", key):
+            try:
+                self._client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data, **condition)
+            except self._client.exceptions.NoSuchKey:  # answer to If-Match of an object that is gone
+                raise _Outrun(f"{key} is gone") from None
+
+    def find(self, prefix: str) -> list[InputFile]:
+        start = len(self._key("x")) - 1
+        top = self._key(prefix)
+        with self._errors("ListBucket", prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=f"{top}/" if top else ""
+            )
+            objects = [item for page in pages for item in page.get("Contents", ())]
+            if not objects and top:
+                # The object of exactly this name sorts before all others that begin like it.
+                page = self._client.list_objects_v2(Bucket=self.bucket, Prefix=top, MaxKeys=1)
+                objects = [item for item in page.get("Contents", ()) if item["Key"] == top]
+        return [InputFile(item["Key"][start:], item["Size"], item["ETag"].strip('"')) for item in objects]
+
+    def delete(self, key: str) -> None:
+        with self._errors("DeleteObject", key):
+            self._client.delete_object(Bucket=self.bucket, Key=self._key(key))
+
+    @contextmanager
+    def _errors(self, operation: str, key: str) -> Iterator[None]:
+        """Translate what boto3 and pyarrow raise."""
+        try:
+            yield
+        except botocore.exceptions.ClientError as error:
+            problem, answer = error.response.get("Error", {}), error.response.get("ResponseMetadata", {})
+            code, message = str(problem.get("Code", "")), str(problem.get("Message", ""))
+            server_time = answer.get("HTTPHeaders", {}).get("date")
+            self._raise(operation, key, code, message, answer.get("HTTPStatusCode", 0), server_time)
+        except _NETWORK_ERRORS as error:
+            self._raise(operation, key, "NetworkConnection", type(error).__name__, 0, None)
+        except botocore.exceptions.BotoCoreError as error:
+            self._raise(operation, key, type(error).__name__, str(error), 400, None)
+        except FileNotFoundError as error:
+            if operation == "GetObject":
+                raise
+            self._raise(operation, key, "NoSuchBucket", str(error), 404, None)
+        except OSError as error:
+            text = str(error)
+            code_found = re.search(r"AWS Error (\w+)", text)
+            if code_found is None:
+                raise
+            status_found = re.search(r"HTTP status (\d+)", text)
+            code = "".join(word.capitalize() for word in code_found[1].split("_"))
+            status = int(status_found[1]) if status_found else 400 if code in _S3_ADVICE else 503
+            self._raise(operation, key, code, text, status, None)
+
+    def _raise(
+        self, operation: str, key: str, code: str, message: str, status: int, server_time: str | None
+    ) -> NoReturn:
+        target = f"s3://{self.bucket}/{self._key(key)}"
+        if status == 412:
+            raise _Outrun(f"{target} exists or was changed by another job") from None
+        endpoint = _endpoint()
+        host = _host(endpoint) if endpoint else "AWS"
+        advice = _S3_ADVICE.get(code, "").format(
+            operation=operation, bucket=self.bucket, host=host, offset=_clock_offset(server_time)
+        )
+        text = f"{operation} of {target} at {host} failed: {code}"
+        text = ". ".join(part for part in (text, _redacted(message).rstrip("."), advice) if part)
+        transient = status in (0, 409, 429) or (status >= 500 and status != 501) or code in _S3_TRANSIENT
+        raise (_NoAnswer if transient else StorageError)(text) from None
+
+
+_NETWORK_ERRORS = (
+    botocore.exceptions.ConnectionError,
+    botocore.exceptions.HTTPClientError,
+    botocore.exceptions.IncompleteReadError,
+)
+
+_S3_TRANSIENT = {"NetworkConnection", "RequestTimeout", "SlowDown", "Throttling", "RequestLimitExceeded"}
+
+_CHECK_CREDENTIALS = (
+    "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, or the instance role"
+)
+_CHECK_REGION = "Set AWS_REGION to the region of bucket {bucket}"
+
+_S3_ADVICE = {
+    "AccessDenied": "Grant these credentials s3:{operation} on bucket {bucket} (without s3:ListBucket, a "
+    "missing key is answered so too)",
+    "AuthorizationHeaderMalformed": _CHECK_REGION,
+    "CredentialRetrievalError": _CHECK_CREDENTIALS,
+    "ExpiredToken": "The credentials have expired: renew them and run again; it continues where it stopped",
+    "InvalidAccessKeyId": _CHECK_CREDENTIALS,
+    "InvalidBucketName": "Correct the bucket in storage.root",
+    "InvalidToken": _CHECK_CREDENTIALS,
+    "NetworkConnection": "Check AWS_ENDPOINT_URL and that this machine reaches {host}",
+    "NoCredentialsError": _CHECK_CREDENTIALS,
+    "NoSuchBucket": "Bucket {bucket} does not exist at {host}: create it, or correct the address or "
+    "AWS_ENDPOINT_URL",
+    "NotImplemented": "The store lacks conditional writes, without which two jobs could publish one date",
+    "PartialCredentialsError": _CHECK_CREDENTIALS,
+    "PermanentRedirect": _CHECK_REGION,
+    "RequestTimeTooSkewed": "The clock of this machine is off{offset}: set it right (NTP)",
+    "SignatureDoesNotMatch": _CHECK_CREDENTIALS,
+}
+
+
+def _clock_offset(server_time: str | None) -> str:
+    if server_time is None:
+        return ""
+    offset_s = time.time() - email.utils.parsedate_to_datetime(server_time).timestamp()
+    return f" by {offset_s / 60:+.0f} minutes"
+
+
+def _redacted(text: str) -> str:
+    for variable in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID"):
+        value = os.environ.get(variable, "")
+        if len(value) >= 8:  # no real one is shorter
+            text = text.replace(value, f"<{variable}>")
+    return text
+
+
+@lru_cache(maxsize=8)
+def _s3_client(endpoint: str | None, region: str | None, timeout_s: float) -> Any:
+    config = botocore.config.Config(
+        connect_timeout=min(timeout_s, 10.0),
+        read_timeout=timeout_s,
+        # One try: repeating is decided by the protocol, which has to know about every lost answer.
+        retries={"mode": "standard", "total_max_attempts": 1},
+        s3={"addressing_style": "path" if endpoint else "auto"},
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        max_pool_connections=16,
+    )
+    session = boto3.session.Session()  # the default session is not safe to share between threads
+    return session.client("s3", endpoint_url=endpoint, region_name=region, config=config)
+
+
+def _s3_filesystem(timeout_s: float) -> Any:
+    # Delayed opening makes a small file one request.
+    return pyarrow.fs.S3FileSystem(
+        connect_timeout=min(timeout_s, 10.0),
+        request_timeout=timeout_s,
+        allow_delayed_open=True,
+        **_s3_options(),
+    )
+
+
+def _s3_options() -> dict[str, str]:
+    """What pyarrow does not take from the environment by itself; the names are those of its S3 URIs too."""
+    endpoint, region, bundle = _endpoint(), _region(), os.environ.get("AWS_CA_BUNDLE")
+    options = {}
+    if region:
+        options["region"] = region
+    if endpoint:
+        options |= {"endpoint_override": _host(endpoint), "scheme": urlsplit(endpoint).scheme}
+    if bundle and options.get("scheme") != "http":
+        options["tls_ca_file_path"] = bundle
+    return options
+
+
+def _endpoint() -> str | None:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+    if endpoint and (urlsplit(endpoint).scheme not in ("http", "https") or not urlsplit(endpoint).hostname):
+        raise SettingsError("AWS_ENDPOINT_URL must be like https://host or http://host:9000")
+    return endpoint
+
+
+def _region() -> str | None:
+    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or None
+
+
+def _host(endpoint: str) -> str:
+    """host:port, without any user and password that the endpoint may carry."""
+    return urlsplit(endpoint).netloc.rpartition("@")[2]
