@@ -1,0 +1,110 @@
+"""Semantic IDs to token ids and back, and histories to one padded token matrix.
+
+B users in batch, T history tokens, I id_length, N items, E events of all users in batch.
+
+Token 0 is padding and the decoder's start token; then one block of tokens per level of the Semantic ID,
+so that the same codeword of two levels is two tokens; then one token per user bucket.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tiger_ray.errors import ArtifactError
+
+PAD = 0
+"""Padding, and the decoder's start token as in T5."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Which token means which codeword of which level, and which one a user bucket."""
+
+    level_sizes: tuple[int, ...]
+    """Codewords per level, the disambiguator's among them."""
+    num_user_buckets: int = 0
+    """Hash buckets for user tokens; 0: no user token."""
+
+    @property
+    def id_length(self) -> int:
+        """Codewords of one Semantic ID."""
+        return len(self.level_sizes)
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """First token of each level."""
+        return tuple(accumulate(self.level_sizes[:-1], initial=1))
+
+    @property
+    def user_offset(self) -> int:
+        """First user token."""
+        return 1 + sum(self.level_sizes)
+
+    @property
+    def size(self) -> int:
+        """Tokens in all."""
+        return self.user_offset + self.num_user_buckets
+
+    def item_tokens(self, codes_NI: npt.NDArray[np.int16]) -> Tensor:
+        """Token ids of every item.
+
+        Args:
+            codes_NI: Semantic IDs, (N, I) int16.
+
+        Returns:
+            Token ids, (N, I) int64.
+
+        Raises:
+            ArtifactError: the codes are of another ID space than this vocabulary.
+        """
+        if codes_NI.ndim != 2 or codes_NI.shape[1] != self.id_length:
+            raise ArtifactError(
+                f"Semantic IDs have shape {codes_NI.shape}, but this model writes {self.id_length} codewords "
+                f"per item (level sizes {self.level_sizes}); they belong to different ID spaces"
+            )
+        for level, size in enumerate(self.level_sizes):
+            codes_N = codes_NI[:, level]
+            if len(codes_N) and not 0 <= codes_N.min() <= codes_N.max() < size:
+                raise ArtifactError(
+                    f"level {level} of the Semantic IDs holds codewords {codes_N.min()} to {codes_N.max()}, "
+                    f"but this model knows 0 to {size - 1}; they belong to different ID spaces"
+                )
+        return torch.from_numpy(codes_NI.astype(np.int64) + np.array(self.offsets))
+
+    def item_codes(self, token_NI: Tensor) -> npt.NDArray[np.int16]:
+        """Codewords of token ids, (N, I) int64 to (N, I) int16; undoes `item_tokens`."""
+        codes_NI: npt.NDArray[np.int16] = (token_NI.cpu().numpy() - np.array(self.offsets)).astype(np.int16)
+        return codes_NI
+
+
+def pad_histories(
+    item_index: Tensor, lengths_B: Tensor, item_tokens_NI: Tensor, user_tokens_B: Tensor | None
+) -> Tensor:
+    """Histories as the encoder reads them: oldest item first, the user's token before it, PAD after it.
+
+    Args:
+        item_index: items of all histories one after the other, (E,) int32.
+        lengths_B: items per history, (B,) integer; they sum to E.
+        item_tokens_NI: token ids of every item, (N, I) int64.
+        user_tokens_B: token of each user, (B,) int64; None: no user token.
+
+    Returns:
+        Token ids, (B, T) int64, on the device of `item_tokens_NI`; T fits the longest history.
+    """
+    device = item_tokens_NI.device
+    num_users, id_length = len(lengths_B), item_tokens_NI.shape[1]
+    # the caller's lengths live on the CPU, so that their maximum costs no wait for a GPU
+    longest = int(lengths_B.max())
+    filled = (torch.arange(longest) < lengths_B[:, None]).to(device)
+    token_BLI = torch.full((num_users, longest, id_length), PAD, device=device)
+    token_BLI[filled] = item_tokens_NI[item_index.to(device).long()]
+    token_BT = token_BLI.flatten(1)
+    if user_tokens_B is None:
+        return token_BT
+    return torch.cat((user_tokens_B.to(device)[:, None], token_BT), dim=1)
