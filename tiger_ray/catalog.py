@@ -1,0 +1,295 @@
+"""Catalog rows -> items: validated, with one clean text each, in files by a hash of the item id.
+
+Everything downstream trusts this artifact: ids are unique and never null, text is unescaped and bounded,
+`available` says whether an item may be recommended tonight.
+"""
+
+from __future__ import annotations
+
+import difflib
+import html
+import string
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+
+from tiger_ray import schemas
+from tiger_ray.config import CatalogSettings, Settings
+from tiger_ray.errors import DataError
+from tiger_ray.shards import shard_name, stable_hash, write_partitions
+from tiger_ray.stage import Computed, StageResult, run_stage
+from tiger_ray.storage import FileEntry, InputFile, Run, Storage, input_filesystem, list_inputs
+
+
+def run(settings: Settings, storage: Storage) -> StageResult:
+    """Publish the artifact `catalog`.
+
+    Raises:
+        DataError: no item, a column is missing or mistyped, an id is null or comes twice, too many items
+            have no text.
+    """
+    files = list_inputs(settings.catalog.uri)
+    return run_stage(
+        storage,
+        settings,
+        "catalog",
+        inputs={},
+        sections={"catalog": settings.catalog},
+        source={"files": [asdict(file) for file in files]},
+        compute=lambda run: _compute(run, settings.catalog, files),
+    )
+
+
+def read_input_schema(files: Sequence[InputFile], uri: str, wanted: dict[str, str]) -> tuple[pa.Schema, int]:
+    """Schema common to all input files, and their rows in all, from the footers alone.
+
+    Args:
+        files: Parquet files below `uri`.
+        uri: of the input, for its filesystem.
+        wanted: setting name -> column that must exist.
+
+    Raises:
+        DataError: a file is not Parquet, lacks a wanted column, or types a wanted column differently.
+    """
+    filesystem, _ = input_filesystem(uri)
+    first: pa.Schema | None = None
+    rows = 0
+    for file in files:
+        try:
+            with filesystem.open_input_file(file.path) as source:
+                footer = pq.read_metadata(source)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(
+                f"{file.path} is not a readable Parquet file ({file.bytes:,} bytes): {error}"
+            ) from None
+        schema = footer.schema.to_arrow_schema()
+        rows += footer.num_rows
+        for setting, column in wanted.items():
+            if column not in schema.names:
+                near = difflib.get_close_matches(column, schema.names, n=1, cutoff=0.3)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise DataError(
+                    f"{file.path} ({footer.num_rows:,} rows) has no column {column!r}, which {setting} names{hint} "
+                    f"It has: {', '.join(schema.names)}."
+                )
+            if first is not None and schema.field(column).type != first.field(column).type:
+                raise DataError(
+                    f"column {column!r} is {schema.field(column).type} in {file.path} ({footer.num_rows:,} rows), "
+                    f"but {first.field(column).type} in {files[0].path}; write it with one type"
+                )
+        first = first if first is not None else schema
+    assert first is not None, "list_inputs never returns nothing"
+    if rows == 0:
+        raise DataError(f"{uri} holds {len(files)} Parquet file(s) and 0 rows")
+    return first, rows
+
+
+def id_type(schema: pa.Schema, column: str, uri: str) -> pa.DataType:
+    """Type of an id column: string, large_string or int64, also behind a dictionary.
+
+    Raises:
+        DataError: any other type.
+    """
+    found = schema.field(column).type
+    plain = found.value_type if pa.types.is_dictionary(found) else found
+    if plain not in schemas.ID_TYPES:
+        raise DataError(f"column {column!r} of {uri} is {found}; an id must be string, large_string or int64")
+    return plain
+
+
+def _compute(run: Run, settings: CatalogSettings, files: Sequence[InputFile]) -> Computed:
+    wanted = {"catalog.item_id": settings.item_id}
+    wanted |= {f"catalog.text[{place}]": column for place, column in enumerate(settings.text)}
+    for name in ("title", "category", "available", "vector"):
+        if getattr(settings, name) is not None:
+            wanted[f"catalog.{name}"] = getattr(settings, name)
+    schema, rows = read_input_schema(files, settings.uri, wanted)
+    item_id_type = id_type(schema, settings.item_id, settings.uri)
+    vector_type = _vector_type(schema, settings)
+    if settings.template is not None:
+        _template_parts(settings)
+
+    filesystem, _ = input_filesystem(settings.uri)
+    dataset = (
+        ray.data.read_parquet([file.path for file in files], filesystem=filesystem)
+        .select_columns(sorted(set(wanted.values())))
+        .map_batches(
+            clean_rows,
+            fn_args=(settings, item_id_type, vector_type),
+            batch_size=None,
+            batch_format="pyarrow",
+        )
+    )
+    entries = write_partitions(dataset, _Finish(run, settings), num_shards=settings.num_shards)
+    items = sum(entry.rows for entry in entries)
+    empty = sum(int(entry.facts["empty_text"]) for entry in entries)
+    if empty > settings.max_empty_text_share * items:
+        raise DataError(
+            f"{empty:,} of {items:,} items of {settings.uri} have no text in {', '.join(settings.text)}; at most "
+            f"{settings.max_empty_text_share:.0%} may (catalog.max_empty_text_share). Name other columns in catalog.text."
+        )
+    assert items == rows, f"{rows} rows were read and {items} written"
+    available = sum(int(entry.facts["available"]) for entry in entries)
+    if available == 0:
+        raise DataError(
+            f"none of the {items:,} items of {settings.uri} is available ({settings.available} is never true)"
+        )
+    return entries, {
+        "summary": f"{items:,} items, {available:,} available, {empty:,} without text",
+        "items": items,
+        "empty_text": empty,
+        "available": available,
+        "id_type": str(item_id_type),
+    }
+
+
+def clean_rows(
+    batch: pa.Table, settings: CatalogSettings, item_id_type: pa.DataType, vector_type: pa.DataType | None
+) -> pa.Table:
+    """Rows of the input as rows of the artifact (`schemas.catalog`), plus the column `shard`.
+
+    Raises:
+        DataError: a null id.
+    """
+    item_id = batch.column(settings.item_id).cast(item_id_type).combine_chunks()
+    if item_id.null_count:
+        raise DataError(
+            f"{item_id.null_count:,} of {len(item_id):,} rows read together from {settings.uri} have a null "
+            f"{settings.item_id!r}; every item needs an id"
+        )
+    title = plain_text(batch.column(settings.title or settings.text[0]))
+    columns = {
+        "item_id": item_id,
+        "title": pc.utf8_slice_codeunits(title, 0, 200),
+        "text": item_text(batch, settings),
+        "category": _last_entry(batch.column(settings.category))
+        if settings.category
+        else pa.nulls(len(item_id), pa.string()),
+        "available": (
+            pc.fill_null(batch.column(settings.available).cast(pa.bool_()), False)
+            if settings.available
+            else pa.repeat(True, len(item_id))
+        ),
+    }
+    if vector_type is not None:
+        columns["vector"] = batch.column(settings.vector)
+    schema = schemas.catalog(item_id_type, vector_type)
+    table = pa.table({name: columns[name] for name in schema.names}).cast(schema)
+    shard = (stable_hash(item_id) % settings.num_shards).astype(np.int32)
+    return table.append_column("shard", pa.array(shard))
+
+
+def item_text(batch: pa.Table, settings: CatalogSettings) -> pa.Array:
+    """Item text of each row, HTML unescaped, whitespace collapsed, at most `max_text_chars` long; never null."""
+    parts = {column: plain_text(batch.column(column)) for column in settings.text}
+    if settings.template is None:
+        # Not null_handling="skip": it loses rows whose parts are all null (seen with pyarrow 26).
+        labelled = [
+            pc.binary_join_element_wise(f"{column}: ", text, "; ", "") for column, text in parts.items()
+        ]
+        text = pc.binary_join_element_wise(*[pc.fill_null(part, "") for part in labelled], "")
+        text = pc.replace_substring_regex(text, "; $", "")
+    else:
+        pieces = [
+            piece if column is None else pc.fill_null(parts[column], "")
+            for piece, column in _template_parts(settings)
+        ]
+        text = pc.binary_join_element_wise(*pieces, "") if pieces else pa.repeat("", batch.num_rows)
+        nothing = pc.equal(
+            pc.binary_join_element_wise(*[pc.fill_null(p, "") for p in parts.values()], ""), ""
+        )
+        text = pc.if_else(nothing, "", text)
+    text = pc.fill_null(pc.utf8_trim_whitespace(text), "")
+    return pc.utf8_slice_codeunits(text, 0, settings.max_text_chars)
+
+
+def plain_text(column: pa.ChunkedArray) -> pa.Array:
+    """Any column as clean strings: lists joined with ` > `, HTML entities unescaped, empty text as null."""
+    values = column.combine_chunks()
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        values = pc.binary_join(_without_empty(values), " > ")
+    values = values.cast(pa.string())
+    escaped = pc.fill_null(pc.match_substring(values, "&"), False)
+    if pc.any(escaped).as_py():
+        # Twice, because exports often escape what was escaped already.
+        plain = [html.unescape(html.unescape(text)) for text in values.filter(escaped).to_pylist()]
+        fixed = pa.array(plain, pa.string())
+        values = pc.replace_with_mask(values, escaped, fixed)
+    values = pc.utf8_trim_whitespace(pc.replace_substring_regex(values, r"[\s\p{Z}]+", " "))
+    return pc.if_else(pc.equal(values, ""), pa.scalar(None, pa.string()), values)
+
+
+def _without_empty(lists: pa.ListArray) -> pa.ListArray:
+    """The same lists, sliced or not, without null and blank entries; a null list becomes an empty one."""
+    entries = lists.flatten().cast(pa.string())
+    kept = pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(entries), ""), False)
+    row = pc.list_parent_indices(lists).filter(kept).to_numpy()
+    offsets = np.append(0, np.cumsum(np.bincount(row, minlength=len(lists))))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), entries.filter(kept))
+
+
+def _last_entry(column: pa.ChunkedArray) -> pa.Array:
+    """Deepest category of each row: the last entry of a list, or the value itself."""
+    values = column.combine_chunks()
+    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy()
+        ends = np.cumsum(lengths)
+        last = pa.array(ends - 1, mask=lengths == 0)
+        values = values.flatten().take(last)
+    return plain_text(pa.chunked_array([values]))
+
+
+def _template_parts(settings: CatalogSettings) -> list[tuple[str, str | None]]:
+    """A template as literal pieces (text, None) and fields ("", column)."""
+    parts: list[tuple[str, str | None]] = []
+    for literal, field, _, _ in string.Formatter().parse(settings.template or ""):
+        if literal:
+            parts.append((literal, None))
+        if field is not None:
+            if field not in settings.text:
+                raise DataError(f"catalog.template uses {{{field}}}, which catalog.text does not name")
+            parts.append(("", field))
+    return parts
+
+
+def _vector_type(schema: pa.Schema, settings: CatalogSettings) -> pa.DataType | None:
+    if settings.vector is None:
+        return None
+    found = schema.field(settings.vector).type
+    if not (pa.types.is_fixed_size_list(found) and pa.types.is_floating(found.value_type)):
+        raise DataError(
+            f"column {settings.vector!r} of {settings.uri} is {found}; catalog.vector must be FixedSizeList<float>"
+        )
+    return pa.list_(pa.float32(), found.list_size)
+
+
+class _Finish:
+    """Check and write one shard of the catalog."""
+
+    def __init__(self, run: Run, settings: CatalogSettings) -> None:
+        self._run = run
+        self._settings = settings
+
+    def __call__(self, rows: pa.Table, shard: int) -> FileEntry:
+        rows = rows.sort_by("item_id").combine_chunks()
+        item_id = rows.column("item_id").combine_chunks()
+        again = pc.equal(item_id.slice(1), item_id.slice(0, len(item_id) - 1))
+        if pc.any(again).as_py():
+            twice = item_id.slice(1).filter(again)
+            raise DataError(
+                f"{len(twice):,} rows of {self._settings.uri} repeat an item id of another row, among them "
+                f"{', '.join(str(i) for i in twice.unique()[:10].to_pylist())}; item ids must be unique "
+                f"(column {self._settings.item_id!r})"
+            )
+        facts = {
+            "empty_text": pc.sum(pc.equal(rows.column("text"), "")).as_py(),
+            "available": pc.sum(rows.column("available")).as_py(),
+        }
+        return self._run.write_table(shard_name(shard), rows, facts=facts)

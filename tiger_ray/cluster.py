@@ -1,0 +1,36 @@
+"""The Ray cluster of a job, joined only when the first stage has work to do."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+
+from tiger_ray.config import RaySettings
+
+
+def connect(settings: RaySettings) -> None:
+    """Join the cluster of `ray job submit` if there is one, or of `ray.address`, or start a local one.
+
+    Does nothing on a process that is connected already, but for the settings of Ray Data.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        address = settings.address or (None if "RAY_ADDRESS" in os.environ else "local")
+        num_cpus = settings.num_cpus if address == "local" else None
+        on_sigterm = signal.getsignal(signal.SIGTERM)
+        ray.init(address=address, num_cpus=num_cpus, logging_level=logging.WARNING)
+        # Ray's own handler would end the process with another exit code than the job promises.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
+    context = ray.data.DataContext.get_current()
+    shown = sys.stderr.isatty() if settings.progress == "auto" else settings.progress == "on"
+    context.enable_progress_bars = shown
+    context.print_on_execution_start = False
+    # A spot node may die while an actor is still loading its weights.
+    context.max_consecutive_actor_init_deaths = 3
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)

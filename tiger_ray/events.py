@@ -1,0 +1,222 @@
+"""Events in: checked before any expensive work, and pinned, so that a night reads the same files throughout.
+
+The artifact `events` holds no rows: its manifest names the input files with their versions and counts what
+is in them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+
+from tiger_ray.catalog import id_type, read_input_schema
+from tiger_ray.config import EventsSettings, Settings
+from tiger_ray.errors import DataError
+from tiger_ray.shards import plain_errors
+from tiger_ray.stage import Computed, StageResult, run_stage
+from tiger_ray.storage import InputFile, Manifest, Run, Storage, input_filesystem, list_inputs
+
+_TICKS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+_EARLIEST = datetime(1990, 1, 1, tzinfo=UTC).timestamp()
+_LATEST = datetime(2100, 1, 1, tzinfo=UTC).timestamp()
+
+
+def run(settings: Settings, storage: Storage, catalog: Manifest) -> StageResult:
+    """Publish the artifact `events`: counts and pinned files.
+
+    Raises:
+        DataError: a column is missing or mistyped, ids are of another type than the catalog's, the unit of
+            an integer timestamp is not declared or cannot be right, too many nulls or unknown items.
+    """
+    files = list_inputs(settings.events.uri)
+    return run_stage(
+        storage,
+        settings,
+        "events",
+        inputs={"catalog": catalog},
+        sections={"events": settings.events},
+        source={"files": [asdict(file) for file in files]},
+        compute=lambda run: _compute(run, settings.events, storage, catalog, files),
+    )
+
+
+def read_events(files: Sequence[InputFile], settings: EventsSettings) -> ray.data.Dataset:
+    """The wanted columns of the events, unfiltered."""
+    filesystem, _ = input_filesystem(settings.uri)
+    columns = [settings.user_id, settings.item_id, settings.timestamp]
+    if settings.event_type is not None:
+        columns.append(settings.event_type)
+    return ray.data.read_parquet([file.path for file in files], filesystem=filesystem).select_columns(
+        sorted(set(columns))
+    )
+
+
+def wanted_rows(batch: pa.Table, settings: EventsSettings) -> pa.Table:
+    """Events of the wanted kinds, as columns user_id, item_id and timestamp (int64 ticks of the input's unit)."""
+    if settings.event_type is not None:
+        kind = batch.column(settings.event_type).cast(pa.string())
+        batch = batch.filter(pc.is_in(kind, value_set=pa.array(settings.event_types)))
+    timestamp = batch.column(settings.timestamp)
+    if pa.types.is_date(timestamp.type):
+        timestamp = timestamp.cast(pa.timestamp("ms"))
+    return pa.table(
+        {
+            "user_id": _plain(batch.column(settings.user_id)),
+            "item_id": _plain(batch.column(settings.item_id)),
+            "timestamp": timestamp.cast(pa.int64()),
+        }
+    )
+
+
+def is_complete(events: pa.Table) -> pa.ChunkedArray:
+    """True for rows that have a user, an item and a timestamp."""
+    valid = [pc.is_valid(events.column(name)) for name in ("user_id", "item_id", "timestamp")]
+    return pc.and_(pc.and_(valid[0], valid[1]), valid[2])
+
+
+def catalog_item_ids(storage: Storage, catalog: Manifest) -> ray.ObjectRef:
+    """All item ids of the catalog, gathered by a worker into the object store: one array, shared by all tasks."""
+
+    def gather() -> pa.ChunkedArray:
+        tables = [storage.read_table(catalog, entry.name, columns=["item_id"]) for entry in catalog.files]
+        return pa.concat_tables(tables).column("item_id")
+
+    return ray.remote(gather).remote()
+
+
+def _compute(
+    run: Run, settings: EventsSettings, storage: Storage, catalog: Manifest, files: Sequence[InputFile]
+) -> Computed:
+    wanted = {f"events.{name}": getattr(settings, name) for name in ("user_id", "item_id", "timestamp")}
+    if settings.event_type is not None:
+        wanted["events.event_type"] = settings.event_type
+    schema, rows = read_input_schema(files, settings.uri, wanted)
+    user_id_type = id_type(schema, settings.user_id, settings.uri)
+    item_id_type = id_type(schema, settings.item_id, settings.uri)
+    if str(item_id_type) != catalog.metadata["id_type"] and not _both_strings(item_id_type, catalog):
+        raise DataError(
+            f"item ids are {item_id_type} in the events ({settings.uri}, column {settings.item_id!r}, {rows:,} rows) but "
+            f"{catalog.metadata['id_type']} in the catalog; no event could be matched. Write both with one type."
+        )
+    unit = timestamp_unit(schema, settings)
+
+    counted = read_events(files, settings).map_batches(
+        _count,
+        fn_args=(settings, catalog_item_ids(storage, catalog)),
+        batch_size=None,
+        batch_format="pyarrow",
+    )
+    with plain_errors():
+        counts = _add([json.loads(row["counts"]) for row in counted.iter_rows()])
+    _judge(counts, unit, settings)
+    facts: dict[str, Any] = {
+        "summary": f"{counts['events']:,} events, {counts['unknown']:,} of unknown items",
+        **{name: counts[name] for name in ("events", "nulls", "unknown", "unwanted_kind")},
+        "files": [asdict(file) for file in files],
+        "user_id_type": str(user_id_type),
+        "timestamp_unit": unit,
+    }
+    return [
+        run.write_file("counts.json", json.dumps(counts, sort_keys=True).encode(), rows=counts["events"])
+    ], facts
+
+
+def timestamp_unit(schema: pa.Schema, settings: EventsSettings) -> str:
+    """Unit of the timestamp column, from its type or from the settings.
+
+    Raises:
+        DataError: neither a time nor an integer, or an integer without a declared unit.
+    """
+    found = schema.field(settings.timestamp).type
+    if pa.types.is_timestamp(found):
+        return str(found.unit)
+    if pa.types.is_date(found):
+        return "ms"
+    if not pa.types.is_integer(found):
+        raise DataError(
+            f"column {settings.timestamp!r} of {settings.uri} is {found}; events.timestamp must be a timestamp, a date or an integer"
+        )
+    if settings.timestamp_unit is None:
+        raise DataError(
+            f"column {settings.timestamp!r} of {settings.uri} is {found}, and its unit is not declared; "
+            "set events.timestamp_unit to s, ms, us, ns or position"
+        )
+    return settings.timestamp_unit
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+
+
+def _both_strings(item_id_type: pa.DataType, catalog: Manifest) -> bool:
+    return {str(item_id_type), catalog.metadata["id_type"]} <= {"string", "large_string"}
+
+
+def _count(batch: pa.Table, settings: EventsSettings, item_id_ref: ray.ObjectRef) -> pa.Table:
+    item_ids = ray.get(item_id_ref)
+    events = wanted_rows(batch, settings)
+    complete = events.filter(is_complete(events))
+    item_id = complete.column("item_id")
+    known = pc.is_in(item_id.cast(item_ids.type), value_set=item_ids)
+    unknown = item_id.filter(pc.invert(known))
+    times = pc.min_max(complete.column("timestamp")).as_py()
+    counts = {
+        "events": events.num_rows,
+        "unwanted_kind": batch.num_rows - events.num_rows,
+        "nulls": events.num_rows - complete.num_rows,
+        "unknown": len(unknown),
+        "unknown_examples": [str(item) for item in unknown.slice(0, 1000).unique()[:5].to_pylist()],
+        "first": times["min"],
+        "last": times["max"],
+    }
+    return pa.table({"counts": [json.dumps(counts)]})
+
+
+def _add(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    firsts = [part["first"] for part in parts if part["first"] is not None]
+    lasts = [part["last"] for part in parts if part["last"] is not None]
+    examples = sorted({example for part in parts for example in part["unknown_examples"]})
+    return {
+        **{
+            name: sum(part[name] for part in parts)
+            for name in ("events", "unwanted_kind", "nulls", "unknown")
+        },
+        "unknown_examples": examples[:5],
+        "first": min(firsts, default=None),
+        "last": max(lasts, default=None),
+    }
+
+
+def _judge(counts: dict[str, Any], unit: str, settings: EventsSettings) -> None:
+    events, where = counts["events"], settings.uri
+    if events == 0:
+        raise DataError(
+            f"none of the {counts['unwanted_kind']:,} rows of {where} is of a kind in events.event_types "
+            f"{list(settings.event_types)} (column {settings.event_type!r})"
+        )
+    if counts["nulls"] > settings.max_null_share * events:
+        raise DataError(
+            f"{counts['nulls']:,} of {events:,} events of {where} have a null in {settings.user_id!r}, {settings.item_id!r} or "
+            f"{settings.timestamp!r}; at most {settings.max_null_share:.1%} may (events.max_null_share)"
+        )
+    complete = events - counts["nulls"]
+    if counts["unknown"] > settings.max_unknown_share * complete:
+        raise DataError(
+            f"{counts['unknown']:,} of {complete:,} events of {where} name items that are not in the catalog, for example "
+            f"{', '.join(counts['unknown_examples'])}; at most {settings.max_unknown_share:.1%} may "
+            "(events.max_unknown_share). Is the catalog complete, and of the same day?"
+        )
+    if unit in _TICKS_PER_SECOND and complete:
+        first, last = (counts[end] / _TICKS_PER_SECOND[unit] for end in ("first", "last"))
+        if not (_EARLIEST <= first and last < _LATEST):
+            raise DataError(
+                f"timestamps of {where} (column {settings.timestamp!r}) run from {counts['first']} to {counts['last']}, which in "
+                f"unit {unit!r} is not between 1990 and 2100; check events.timestamp_unit, or filter such rows"
+            )

@@ -1,0 +1,161 @@
+"""One shard in, one shard out, over Ray Data: how embeddings are made and users are scored.
+
+A worker turns one file of the input into one file of the output, of the same name, and writes it itself:
+a retried task writes the same object again, and a restarted job only runs the shards that the unfinished
+run does not have yet. The driver sees one small `FileEntry` per file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import ray
+from ray.exceptions import RayTaskError
+
+from tiger_ray.errors import TigerError
+from tiger_ray.faults import crash_point
+from tiger_ray.storage import FileEntry, Run
+
+ShardWorker = Callable[[FileEntry], FileEntry]
+"""Makes the output shard of an input shard and writes it; built once per actor, with what it needs."""
+
+
+def map_shards(
+    run: Run,
+    make_worker: Callable[..., ShardWorker],
+    worker_args: Mapping[str, Any],
+    *,
+    shards: Sequence[FileEntry],
+    num_workers: int,
+    num_cpus: float,
+    use_gpu: bool,
+) -> list[FileEntry]:
+    """Run `make_worker(run=run, **worker_args)(shard)` for every shard that the run does not have yet.
+
+    Args:
+        run: where workers write.
+        make_worker: a class or function, built once in each actor.
+        worker_args: its keyword arguments; object references are resolved.
+        shards: files of the input; the output files have the same names.
+        num_workers: actors at most.
+        num_cpus: CPUs of each actor, when it has no GPU.
+        use_gpu: one GPU for each actor.
+
+    Returns:
+        One entry per shard, in the order of the shards.
+    """
+    done = run.finished()
+    todo = [shard for shard in shards if shard.name not in done]
+    if len(todo) < len(shards):
+        kept = len(shards) - len(todo)
+        print(
+            f"{run.artifact}: {kept} of {len(shards)} shards are there already, {len(todo)} to do", flush=True
+        )
+    if todo:
+        dataset = ray.data.range(len(todo), override_num_blocks=len(todo)).map_batches(
+            _ShardActor,
+            fn_constructor_args=(run, make_worker, todo, *worker_args.values()),
+            fn_constructor_kwargs={"arg_names": tuple(worker_args)},
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(num_workers, len(todo))),
+            num_cpus=0 if use_gpu else num_cpus,
+            num_gpus=1 if use_gpu else 0,
+        )
+        with plain_errors():
+            for row in dataset.iter_rows():
+                entry = FileEntry.model_validate_json(row["entry"])
+                done[entry.name] = entry
+                crash_point(f"{run.artifact}.shard")
+    return [done[shard.name] for shard in shards]
+
+
+def shard_name(shard: int) -> str:
+    """File name of a shard, the same in every artifact."""
+    return f"shard-{shard:05d}.parquet"
+
+
+def write_partitions(
+    dataset: ray.data.Dataset, finish: Callable[[pa.Table, int], FileEntry], *, num_shards: int
+) -> list[FileEntry]:
+    """Shuffle rows by their column `shard` and hand each whole shard to `finish`, which writes it.
+
+    Which rows meet in one block is Ray's affair; the shard number travels with the row, so names and
+    contents of the files do not depend on it.
+
+    Args:
+        dataset: rows with an int32 column `shard` in 0..num_shards-1.
+        finish: gets all rows of one shard in any order, without the column `shard`, and its number.
+        num_shards: shards in all; one without rows is not written.
+    """
+    partitions = dataset.repartition(num_shards, keys=["shard"]).map_batches(
+        _finish_block, fn_args=(finish,), batch_size=None, batch_format="pyarrow"
+    )
+    with plain_errors():
+        entries = [FileEntry.model_validate_json(row["entry"]) for row in partitions.iter_rows()]
+    names = [entry.name for entry in entries]
+    if len(set(names)) != len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise TigerError(
+            f"the keyed shuffle sent {', '.join(twice[:5])} to two places; do all nodes run the same image? "
+            "(a node with the package polars hashes keys differently)"
+        )
+    return sorted(entries, key=lambda entry: entry.name)
+
+
+def stable_hash(values: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Hash of ids that is the same on every machine and in every process; (N,) uint64."""
+    if isinstance(values, pa.ChunkedArray):
+        values = values.combine_chunks()
+    return pd.util.hash_array(values.to_numpy(zero_copy_only=False), categorize=False)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Raise an error of ours from a worker as itself, without the layers of remote tracebacks."""
+    try:
+        yield
+    except RayTaskError as error:
+        cause: BaseException | None = error
+        while cause is not None and not (
+            isinstance(cause, TigerError) and not isinstance(cause, RayTaskError)
+        ):
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if cause is None:
+            raise
+        raise cause from None
+
+
+class _ShardActor:
+    def __init__(
+        self,
+        run: Run,
+        make_worker: Callable[..., ShardWorker],
+        todo: Sequence[FileEntry],
+        *values: Any,
+        arg_names: Sequence[str],
+    ) -> None:
+        self._worker = make_worker(run=run, **dict(zip(arg_names, values, strict=True)))
+        self._todo = todo
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
+        return {"entry": [self._worker(self._todo[row]).model_dump_json() for row in batch["id"]]}
+
+
+def _finish_block(block: pa.Table, finish: Callable[[pa.Table, int], FileEntry]) -> pa.Table:
+    if block.num_rows == 0:
+        return pa.table({"entry": pa.array([], pa.string())})
+    shards = block.column("shard").combine_chunks().to_numpy()
+    rows = block.drop_columns(["shard"])
+    order = np.argsort(shards, kind="stable")
+    numbers, starts = np.unique(shards[order], return_index=True)
+    ends = [*starts[1:], len(order)]
+    entries = [
+        finish(rows.take(pa.array(order[start:end])), int(number))
+        for number, start, end in zip(numbers, starts, ends, strict=True)
+    ]
+    return pa.table({"entry": [entry.model_dump_json() for entry in entries]})
