@@ -1,0 +1,395 @@
+"""Users -> top-K rows in Parquet, and the same decoding against held-out events for the evaluation.
+
+Each Ray Data actor holds model, Semantic IDs and trie, and turns one shard of users into one file. A user
+without history gets the most popular items instead, marked `fallback`.
+
+B users of a shard, K items per user, I id_length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from tiger_ray import evaluation, schemas
+from tiger_ray.beam_search import Decoder, ranges
+from tiger_ray.config import Settings
+from tiger_ray.errors import ArtifactError, DataError, QualityError
+from tiger_ray.registry import load_semantic_ids
+from tiger_ray.sequences import HELD_OUT, user_shards
+from tiger_ray.shards import map_shards
+from tiger_ray.stage import FORMAT_VERSIONS, Computed, StageResult, run_stage
+from tiger_ray.storage import FileEntry, Manifest, Run, Storage, fingerprint
+from tiger_ray.training import load_model, user_buckets
+
+GENERATED, FALLBACK = schemas.SOURCES
+
+
+def run(
+    settings: Settings, storage: Storage, model: Manifest, semantic_ids: Manifest, sequences: Manifest
+) -> StageResult:
+    """Publish the artifact `recommendations`: what comes after each user's whole history."""
+    inputs = {"model": model, "semantic_ids": semantic_ids, "sequences": sequences}
+    sections = {"decoding": settings.decoding, "recommendations": settings.recommendations}
+    scoring = fingerprint(
+        {
+            "format_version": FORMAT_VERSIONS["recommendations"],
+            "inputs": {name: manifest.digest for name, manifest in inputs.items()},
+            "settings": {name: section.fingerprint() for name, section in sections.items()},
+        }
+    )
+    return run_stage(
+        storage,
+        settings,
+        "recommendations",
+        inputs=inputs,
+        sections=sections,
+        source={"date": settings.date},
+        compute=lambda run: _compute(run, settings, storage, scoring, inputs),
+    )
+
+
+def evaluate(
+    settings: Settings, storage: Storage, model: Manifest, semantic_ids: Manifest, sequences: Manifest
+) -> StageResult:
+    """Publish the artifact `evaluation`: the model and popularity on the events that training never saw.
+
+    Raises:
+        DataError: training saw all events, or no user is long enough.
+    """
+    if model.metadata["holdout"] == "none":
+        raise DataError(
+            "the model was trained on all events (training.holdout is 'none'), so there is nothing left to evaluate it on"
+        )
+    inputs = {"model": model, "semantic_ids": semantic_ids, "sequences": sequences}
+    return run_stage(
+        storage,
+        settings,
+        "evaluation",
+        inputs=inputs,
+        sections={"decoding": settings.decoding, "evaluation": settings.evaluation},
+        compute=lambda run: _compute_evaluation(run, settings, inputs),
+    )
+
+
+def require_quality(settings: Settings, storage: Storage, evaluated: Manifest) -> None:
+    """The quality gate: refuse a night that is worse than popularity, or much worse than the last one.
+
+    Raises:
+        QualityError: names both numbers and the settings that decide.
+    """
+    name = f"ndcg@{max(settings.evaluation.ks)}"
+    ours, popular = evaluated.metadata["model"][name], evaluated.metadata["popularity"][name]
+    floor = settings.evaluation.min_ratio_to_popularity * popular
+    if ours < floor:
+        raise QualityError(
+            f"{name} is {ours:.4f}, popularity has {popular:.4f}, and evaluation.min_ratio_to_popularity asks for "
+            f"{floor:.4f}; recommendations are not published, the last ones stay. Train longer, or look at the data."
+        )
+    try:
+        last = storage.resolve("recommendations").metadata["evaluation"]
+    except ArtifactError:
+        return
+    if last is None or name not in last or last["protocol"] != evaluated.metadata["protocol"]:
+        return
+    if ours < (1 - settings.evaluation.max_drop) * last[name]:
+        raise QualityError(
+            f"{name} is {ours:.4f}, the model of the last published recommendations had {last[name]:.4f}, and "
+            f"evaluation.max_drop allows to lose {settings.evaluation.max_drop:.0%}; recommendations are not published, "
+            "the last ones stay."
+        )
+
+
+class Scorer:
+    """Model, Semantic IDs, trie and popularity in one process: what an actor or a replica holds."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        settings: Settings,
+        model: Manifest,
+        semantic_ids: Manifest,
+        sequences: Manifest,
+    ) -> None:
+        decoding = settings.decoding
+        device = "cuda" if decoding.use_gpu else "cpu"
+        if not decoding.use_gpu:
+            torch.set_num_threads(max(1, int(decoding.cpus_per_worker)))
+        self.ids = load_semantic_ids(storage, semantic_ids)
+        self.decoder = Decoder(
+            load_model(storage, model, semantic_ids), self.ids.codes_NI, self.ids.eligible_N, decoding, device
+        )
+        self.vocabulary = self.decoder.model.vocabulary
+        self.popular = storage.read_table(sequences, "popularity.parquet")
+
+    def recommend(
+        self,
+        item_index: npt.NDArray[np.int32],
+        lengths_B: npt.NDArray[np.int64],
+        user_hash_B: npt.NDArray[np.uint64] | None,
+        k: int,
+        *,
+        exclude_history: bool = False,
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """As `Decoder.recommend`, for user hashes instead of buckets."""
+        buckets = None
+        if self.vocabulary.num_user_buckets:
+            assert user_hash_B is not None
+            buckets = user_buckets(user_hash_B, self.vocabulary)
+        return self.decoder.recommend(item_index, lengths_B, buckets, k, exclude_history=exclude_history)
+
+    def most_popular(
+        self, k: int, counted: str = "events"
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """The k most popular eligible items, (K,), and the natural log of their share of the events, (K,)."""
+        count = self.popular.column(counted).to_numpy()
+        item_index = self.popular.column("item_index").to_numpy().astype(np.int64)
+        order = np.argsort(-count, kind="stable")
+        order = order[self.ids.eligible_N[item_index[order]] & (count[order] > 0)][:k]
+        return item_index[order], np.log(count[order] / max(int(count.sum()), 1)).astype(np.float32)
+
+
+def _compute(
+    run: Run, settings: Settings, storage: Storage, scoring: str, inputs: Mapping[str, Manifest]
+) -> Computed:
+    shards = user_shards(inputs["sequences"])
+    twin = _twin(storage, scoring)
+    if twin is not None:
+        entries = map_shards(
+            run,
+            _RedateShard,
+            {"storage": storage, "twin": twin, "date": settings.date},
+            shards=twin.files,
+            num_workers=settings.decoding.num_workers,
+            num_cpus=1,
+            use_gpu=False,
+        )
+    else:
+        entries = map_shards(
+            run,
+            _ScoreShard,
+            {"storage": storage, "settings": settings, "inputs": dict(inputs)},
+            shards=shards,
+            num_workers=settings.decoding.num_workers,
+            num_cpus=settings.decoding.cpus_per_worker,
+            use_gpu=settings.decoding.use_gpu,
+        )
+    users = sum(entry.rows for entry in shards)
+    facts = {
+        name: sum(entry.facts[name] for entry in entries)
+        for name in ("users", "fallback_users", "short_lists")
+    }
+    assert facts["users"] == users, f"{users} users were to be scored, {facts['users']} were"
+    evaluated = _evaluation_of(storage, settings, inputs["model"])
+    again = ", same as an earlier night's but for the date" if twin is not None else ""
+    return entries, {
+        "summary": f"{users:,} users, {facts['fallback_users']:,} by popularity{again}",
+        **facts,
+        "scoring": scoring,
+        "top_k": settings.recommendations.top_k,
+        "form": settings.recommendations.form,
+        "model_version": inputs["model"].run_id,
+        "semantic_ids_version": inputs["semantic_ids"].run_id,
+        "holdout": inputs["model"].metadata["holdout"],
+        "evaluation": evaluated,
+    }
+
+
+def _twin(storage: Storage, scoring: str) -> Manifest | None:
+    """The last recommendations, if only their date differs from tonight's."""
+    try:
+        last = storage.resolve("recommendations")
+    except ArtifactError:
+        return None
+    return last if last.metadata["scoring"] == scoring else None
+
+
+def _evaluation_of(storage: Storage, settings: Settings, model: Manifest) -> dict[str, Any] | None:
+    """Metrics of the model that scores, kept beside its recommendations for the next night's gate."""
+    published = storage.published("evaluation", settings.date)
+    if published is None or published.inputs["model"] != model.digest:
+        return None
+    return {**published.metadata["model"], "protocol": published.metadata["protocol"]}
+
+
+class _RedateShard:
+    """Copies one file of recommendations under a new date."""
+
+    def __init__(self, run: Run, storage: Storage, twin: Manifest, date: str) -> None:
+        self._run, self._storage, self._twin, self._date = run, storage, twin, date
+
+    def __call__(self, shard: FileEntry) -> FileEntry:
+        table = self._storage.read_table(self._twin, shard)
+        place = table.schema.get_field_index("date")
+        dates = pa.repeat(self._date, table.num_rows)
+        return self._run.write_table(
+            shard.name, table.set_column(place, table.schema.field("date"), dates), shard.facts
+        )
+
+
+class _ScoreShard:
+    """Scores one file of users."""
+
+    def __init__(
+        self, run: Run, storage: Storage, settings: Settings, inputs: Mapping[str, Manifest]
+    ) -> None:
+        self._run, self._storage, self._settings, self._inputs = run, storage, settings, inputs
+        self._scorer = Scorer(storage, settings, **inputs)
+
+    def __call__(self, shard: FileEntry) -> FileEntry:
+        settings = self._settings.recommendations
+        users = self._storage.read_table(self._inputs["sequences"], shard.name).combine_chunks()
+        item_index, lengths_B = _histories(users)
+        known_B = lengths_B > 0
+        found_BK = np.full((len(lengths_B), settings.top_k), -1, np.int64)
+        score_BK = np.full(found_BK.shape, -np.inf, np.float32)
+        if known_B.any():
+            found_BK[known_B], score_BK[known_B] = self._scorer.recommend(
+                item_index,
+                lengths_B[known_B],
+                users.column("user_hash").to_numpy()[known_B],
+                settings.top_k,
+                exclude_history=settings.exclude_history,
+            )
+        popular_K, share_K = self._scorer.most_popular(settings.top_k)
+        found_BK[~known_B, : len(popular_K)] = popular_K
+        score_BK[~known_B, : len(popular_K)] = share_K
+
+        table = self._table(users.column("user_id"), found_BK, score_BK, known_B)
+        facts = {
+            "users": len(lengths_B),
+            "fallback_users": int((~known_B).sum()),
+            "short_lists": int((found_BK[:, -1] < 0).sum()),
+        }
+        return self._run.write_table(shard.name, table, facts)
+
+    def _table(
+        self,
+        user_id: pa.ChunkedArray,
+        found_BK: npt.NDArray[np.int64],
+        score_BK: npt.NDArray[np.float32],
+        known_B: npt.NDArray[np.bool_],
+    ) -> pa.Table:
+        """Lists of items as rows of the contract."""
+        there_BK = found_BK >= 0
+        length_B = there_BK.sum(axis=1)
+        item_index = found_BK[there_BK]
+        item_id = self._scorer.ids.item_ids(item_index)
+        score = pa.array(score_BK[there_BK])
+        codes = self._scorer.ids.codes_NI[item_index]
+        starts = np.arange(0, codes.size + 1, codes.shape[1], dtype=np.int32)
+        semantic_id = pa.ListArray.from_arrays(pa.array(starts), pa.array(codes.ravel()))
+        source = pa.array(np.where(np.repeat(known_B, length_B), GENERATED, FALLBACK))
+        date, model, ids = (
+            self._settings.date,
+            self._inputs["model"].run_id,
+            self._inputs["semantic_ids"].run_id,
+        )
+        if self._settings.recommendations.form == "long":
+            row = np.repeat(np.arange(len(length_B)), length_B)
+            rank = (ranges(np.zeros_like(length_B), length_B) + 1).astype(np.int16)
+            columns = [user_id.take(pa.array(row)), pa.array(rank), item_id, score, semantic_id, source]
+            schema = schemas.recommendations_long(user_id.type, item_id.type)
+        else:
+            offsets = pa.array(np.concatenate([[0], np.cumsum(length_B)]).astype(np.int32))
+            lists = [
+                pa.ListArray.from_arrays(offsets, values) for values in (item_id, score, semantic_id, source)
+            ]
+            columns = [user_id, *lists]
+            schema = schemas.recommendations(user_id.type, item_id.type)
+        num_rows = len(columns[0])
+        columns += [pa.repeat(value, num_rows) for value in (date, model, ids)]
+        return pa.table(columns, names=schema.names).cast(schema)
+
+
+def _compute_evaluation(run: Run, settings: Settings, inputs: Mapping[str, Manifest]) -> Computed:
+    shards = user_shards(inputs["sequences"])
+    max_users = settings.evaluation.max_users
+    share = 1.0 if max_users is None else min(1.0, max_users / int(inputs["sequences"].metadata["users"]))
+    entries = map_shards(
+        run,
+        _EvaluateShard,
+        {"storage": run.storage, "settings": settings, "inputs": dict(inputs), "share": share},
+        shards=shards,
+        num_workers=settings.decoding.num_workers,
+        num_cpus=settings.decoding.cpus_per_worker,
+        use_gpu=settings.decoding.use_gpu,
+    )
+    rows = [row for entry in entries for row in run.read_table(entry).to_pylist()]
+    metrics = {
+        who: evaluation.means(
+            [{k: v for k, v in row.items() if k != "who"} for row in rows if row["who"] == who]
+        )
+        for who in ("model", "popularity")
+    }
+    users = int(metrics["model"]["users"])
+    if users == 0:
+        raise DataError(
+            f"no user has the {HELD_OUT + 1} events that leave-one-out needs; nothing can be evaluated. "
+            "Set training.holdout to 'none' to train and recommend without evaluation"
+        )
+    top = max(settings.evaluation.ks)
+    names = (f"recall@{top}", f"ndcg@{top}")
+    summary = ", ".join(f"{name} {metrics['model'][name]:.4f}" for name in names)
+    popular = ", ".join(f"{metrics['popularity'][name]:.4f}" for name in names)
+    return entries, {
+        "summary": f"{users:,} users, {summary} (popularity {popular})",
+        **metrics,
+        "protocol": {
+            "split": f"leave-one-out, {settings.evaluation.split}",
+            "ranking": "full, item level, constrained beam search",
+            "beam_width": settings.decoding.beam_width,
+            "history_masked": False,
+            "ties": settings.events.ties,
+            "max_history": settings.model.max_history,
+            "users": "all" if share == 1.0 else f"a hash sample of {share:.2%}",
+        },
+    }
+
+
+class _EvaluateShard:
+    """Ranks the held-out item of each user of one file, for the model and for popularity."""
+
+    def __init__(
+        self, run: Run, storage: Storage, settings: Settings, inputs: Mapping[str, Manifest], share: float
+    ) -> None:
+        self._run, self._storage, self._settings, self._inputs = run, storage, settings, inputs
+        self._share = share
+        self._scorer = Scorer(storage, settings, **inputs)
+
+    def __call__(self, shard: FileEntry) -> FileEntry:
+        settings = self._settings.evaluation
+        users = self._storage.read_table(self._inputs["sequences"], shard.name).combine_chunks()
+        item_index, lengths_B = _histories(users)
+        user_hash_B = users.column("user_hash").to_numpy()
+        # The upper bits: user buckets and shards are the hash modulo small numbers.
+        sampled_B = (user_hash_B >> np.uint64(32)) < np.uint64(int(self._share * 2**32))
+        kept_B = (lengths_B > HELD_OUT) & sampled_B
+        hidden = 1 if settings.split == "test" else 2
+        first_B = (np.cumsum(lengths_B) - lengths_B)[kept_B]
+        length_B = lengths_B[kept_B] - hidden
+        target_B = item_index[first_B + length_B].astype(np.int64)
+        top = max(settings.ks)
+        found_BK = np.zeros((0, top), np.int64)
+        if len(length_B):
+            found_BK, _ = self._scorer.recommend(
+                item_index[ranges(first_B, length_B)], length_B, user_hash_B[kept_B], top
+            )
+        popular_K, _ = self._scorer.most_popular(top, counted="training_events")
+        popular_BK = np.broadcast_to(popular_K, (len(target_B), len(popular_K)))
+        rows = [
+            {"who": who, **evaluation.metric_sums(evaluation.ranks(item_index_BK, target_B), settings.ks)}
+            for who, item_index_BK in (("model", found_BK), ("popularity", popular_BK))
+        ]
+        return self._run.write_table(shard.name, pa.Table.from_pylist(rows))
+
+
+def _histories(users: pa.Table) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """Items of all histories one after the other, (E,), and how many each user has, (B,)."""
+    history = users.column("history").combine_chunks()
+    return history.flatten().to_numpy(), np.diff(history.offsets.to_numpy()).astype(np.int64)
