@@ -1,0 +1,24 @@
+"""Embeddings -> quantizer, once per ID space.
+
+python jobs/fit_quantizer.py --config jobs/nightly.yaml --date 2026-11-23
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tiger_ray.job import run_job
+
+if TYPE_CHECKING:
+    from tiger_ray.config import Settings
+    from tiger_ray.storage import Storage
+
+
+def main(settings: Settings, storage: Storage) -> None:
+    from tiger_ray import registry
+
+    registry.fit_quantizer(settings, storage, storage.resolve("embeddings", settings.date))
+
+
+if __name__ == "__main__":
+    run_job(main)
