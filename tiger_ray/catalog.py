@@ -23,7 +23,8 @@ from tiger_ray.config import CatalogSettings, Settings
 from tiger_ray.errors import DataError
 from tiger_ray.shards import shard_name, stable_hash, write_partitions
 from tiger_ray.stage import Computed, StageResult, run_stage
-from tiger_ray.storage import FileEntry, InputFile, Run, Storage, input_filesystem, list_inputs
+from tiger_ray.storage import FileEntry, Run, Storage
+from tiger_ray.stores import InputFile, input_filesystem, list_inputs
 
 
 def run(settings: Settings, storage: Storage) -> StageResult:

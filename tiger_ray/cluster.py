@@ -32,5 +32,10 @@ def connect(settings: RaySettings) -> None:
     context.print_on_execution_start = False
     # A spot node may die while an actor is still loading its weights.
     context.max_consecutive_actor_init_deaths = 3
+    # Ray Data would wrap an error of ours in one that reaches the driver without its cause.
+    context.raise_original_map_exception = True
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # These print a traceback, and take what is not wrapped for a bug in Ray; the exception itself says it all.
+    for name in ("ray.data.exceptions", "ray.data._internal.execution.streaming_executor_state"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -31,7 +31,7 @@ Positive = Annotated[float, Field(gt=0.0)]
 
 
 def operational(default: Any) -> Any:
-    """A setting that changes how fast a stage runs, never what it writes."""
+    """A setting that changes how fast a stage runs; what it writes stays the same, but for rounding."""
     return Field(default, json_schema_extra={"operational": True})
 
 

@@ -21,7 +21,8 @@ from tiger_ray.config import EventsSettings, Settings
 from tiger_ray.errors import DataError
 from tiger_ray.shards import plain_errors
 from tiger_ray.stage import Computed, StageResult, run_stage
-from tiger_ray.storage import InputFile, Manifest, Run, Storage, input_filesystem, list_inputs
+from tiger_ray.storage import Manifest, Run, Storage
+from tiger_ray.stores import InputFile, input_filesystem, list_inputs
 
 _TICKS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _EARLIEST = datetime(1990, 1, 1, tzinfo=UTC).timestamp()

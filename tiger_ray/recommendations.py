@@ -25,7 +25,7 @@ from tiger_ray.sequences import HELD_OUT, user_shards
 from tiger_ray.shards import map_shards
 from tiger_ray.stage import FORMAT_VERSIONS, Computed, StageResult, run_stage
 from tiger_ray.storage import FileEntry, Manifest, Run, Storage, fingerprint
-from tiger_ray.training import load_model, user_buckets
+from tiger_ray.training import load_model, require_same_id_space, user_buckets
 
 GENERATED, FALLBACK = schemas.SOURCES
 
@@ -33,7 +33,12 @@ GENERATED, FALLBACK = schemas.SOURCES
 def run(
     settings: Settings, storage: Storage, model: Manifest, semantic_ids: Manifest, sequences: Manifest
 ) -> StageResult:
-    """Publish the artifact `recommendations`: what comes after each user's whole history."""
+    """Publish the artifact `recommendations`: what comes after each user's whole history.
+
+    Raises:
+        ArtifactError: the model was trained on other Semantic IDs.
+    """
+    require_same_id_space(model, semantic_ids)
     inputs = {"model": model, "semantic_ids": semantic_ids, "sequences": sequences}
     sections = {"decoding": settings.decoding, "recommendations": settings.recommendations}
     scoring = fingerprint(
@@ -60,8 +65,10 @@ def evaluate(
     """Publish the artifact `evaluation`: the model and popularity on the events that training never saw.
 
     Raises:
+        ArtifactError: the model was trained on other Semantic IDs.
         DataError: training saw all events, or no user is long enough.
     """
+    require_same_id_space(model, semantic_ids)
     if model.metadata["holdout"] == "none":
         raise DataError(
             "the model was trained on all events (training.holdout is 'none'), so there is nothing left to evaluate it on"

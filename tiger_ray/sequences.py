@@ -22,7 +22,8 @@ from tiger_ray.events import is_complete, read_events, wanted_rows
 from tiger_ray.registry import load_semantic_ids, registry_of
 from tiger_ray.shards import plain_errors, shard_name, stable_hash, write_partitions
 from tiger_ray.stage import Computed, StageResult, run_stage
-from tiger_ray.storage import FileEntry, InputFile, Manifest, Run, Storage
+from tiger_ray.storage import FileEntry, Manifest, Run, Storage
+from tiger_ray.stores import InputFile
 
 NUM_POPULAR = 1000
 """Most popular items kept for fallback lists and as the baseline."""

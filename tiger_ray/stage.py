@@ -110,7 +110,7 @@ def run_stage(
 
     crash_point(f"{artifact}.begin")
     published = storage.published(artifact, settings.date)
-    if published is not None and published.fingerprint == key:
+    if published is not None and published.fingerprint == key and not settings.storage.replace:
         # Publishing again is a no-op but for `latest.json`, which a night killed right here had not moved.
         return result(storage.publish_again(published, date=settings.date), "skipped")
     if published is not None and not settings.storage.replace:

@@ -68,12 +68,21 @@ def load_model(storage: Storage, model: Manifest, semantic_ids: Manifest) -> Tig
     Raises:
         ArtifactError: it was trained on another ID space.
     """
+    require_same_id_space(model, semantic_ids)
+    return TigerModel.from_files({name: storage.read_file(model, name) for name in MODEL_FILES})
+
+
+def require_same_id_space(model: Manifest, semantic_ids: Manifest) -> None:
+    """Refuse a model that was trained on other Semantic IDs, from the manifests alone.
+
+    Raises:
+        ArtifactError: names both ID spaces.
+    """
     if model.metadata["space"] != id_space(semantic_ids):
         raise ArtifactError(
             f"model {model.run_id} was trained on ID space {model.metadata['space']}, but Semantic IDs "
             f"{semantic_ids.run_id} are of {id_space(semantic_ids)}; train a model on them (jobs/train_model.py)"
         )
-    return TigerModel.from_files({name: storage.read_file(model, name) for name in MODEL_FILES})
 
 
 @dataclass(frozen=True)
