@@ -1,0 +1,258 @@
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import T5Config, T5ForConditionalGeneration
+
+from tiger_ray.beam_search import Decoder, beam_search, best_places, ranges
+from tiger_ray.config import DecodingSettings, ModelSettings
+from tiger_ray.errors import ArtifactError
+from tiger_ray.model import TigerModel
+from tiger_ray.tokens import PAD, Vocabulary
+from tiger_ray.trie import Trie
+
+LEVEL_SIZES = (4, 3, 3, 2)
+EVERY_ID = np.array(list(np.ndindex(*LEVEL_SIZES)), np.int16)
+
+
+def tiny_model(**changes) -> TigerModel:
+    torch.manual_seed(0)
+    sizes = {"num_layers": 2, "d_model": 16, "num_heads": 2, "d_kv": 8, "d_ff": 24} | changes
+    model_settings = ModelSettings(**sizes)
+    return TigerModel(model_settings, Vocabulary(LEVEL_SIZES, model_settings.num_user_buckets)).eval()
+
+
+MODEL = tiny_model()
+
+
+def catalog_of(seed: int, num_items: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(EVERY_ID)[:num_items]
+
+
+def histories_of(
+    seed: int, num_users: int, num_items: int, longest: int = 6
+) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    lengths_B = rng.integers(1, longest + 1, num_users)
+    return rng.integers(0, num_items, lengths_B.sum()).astype(np.int32), lengths_B
+
+
+def split(item_index: np.ndarray, lengths_B: np.ndarray) -> list[np.ndarray]:
+    return np.split(item_index, np.cumsum(lengths_B)[:-1])
+
+
+def score_every_item(model: TigerModel, codes_NI: np.ndarray, history: np.ndarray) -> np.ndarray:
+    """Log-probability of each item after one history, by the model's forward alone, (N,)."""
+    token_NI = model.vocabulary.item_tokens(codes_NI)
+    history_NT = token_NI[history.astype(np.int64)].reshape(1, -1).expand(len(codes_NI), -1)
+    with torch.no_grad():
+        log_prob_NIV = model(history_NT, token_NI).log_softmax(-1)
+    return log_prob_NIV.gather(-1, token_NI[..., None]).sum((1, 2)).numpy()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 72), st.floats(0.05, 1.0), st.booleans())
+def test_beam_search_equals_exhaustive_scoring_on_tiny_catalogs(seed, num_items, share, exclude_history):
+    codes_NI = catalog_of(seed, num_items)
+    eligible_N = np.random.default_rng(seed).random(num_items) < share
+    eligible_N[seed % num_items] = True
+    item_index, lengths_B = histories_of(seed, 3, num_items)
+
+    decoder = Decoder(MODEL, codes_NI, eligible_N, DecodingSettings(beam_width=72))
+    found_BK, score_BK = decoder.recommend(item_index, lengths_B, None, 72, exclude_history=exclude_history)
+
+    for user, history in enumerate(split(item_index, lengths_B)):
+        expected_N = score_every_item(MODEL, codes_NI, history)
+        allowed_N = eligible_N.copy()
+        if exclude_history:
+            allowed_N[history] = False
+        count = allowed_N.sum()
+        assert set(found_BK[user, :count]) == set(np.flatnonzero(allowed_N))
+        assert (found_BK[user, count:] == -1).all()
+        assert (score_BK[user, count:] == -np.inf).all()
+        np.testing.assert_allclose(score_BK[user, :count], expected_N[found_BK[user, :count]], atol=1e-4)
+        assert (np.diff(score_BK[user, :count]) <= 0).all()
+
+
+def test_beam_search_equals_generate_of_hugging_face():
+    codes_NI = catalog_of(0, 40)
+    eligible_N = np.arange(40) % 5 != 0
+    item_index, lengths_B = histories_of(0, 4, 40)
+    width = 7
+    decoder = Decoder(MODEL, codes_NI, eligible_N, DecodingSettings(beam_width=width))
+    found_BW, score_BW = decoder.recommend(item_index, lengths_B, None, width)
+
+    theirs = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=MODEL.vocabulary.size,
+            d_model=16,
+            d_kv=8,
+            d_ff=24,
+            num_layers=2,
+            num_heads=2,
+            decoder_start_token_id=PAD,
+            eos_token_id=None,
+        )
+    ).eval()
+    theirs.load_state_dict(MODEL.state_dict())
+    token_NI = MODEL.vocabulary.item_tokens(codes_NI)
+    item_of = {tuple(token_NI[item].tolist()): item for item in np.flatnonzero(eligible_N)}
+
+    def next_tokens(_, written):
+        written = written.tolist()[1:]
+        return sorted({tokens[len(written)] for tokens in item_of if list(tokens[: len(written)]) == written})
+
+    for user, history in enumerate(split(item_index, lengths_B)):
+        generated = theirs.generate(
+            token_NI[history.astype(np.int64)].reshape(1, -1),
+            num_beams=width,
+            num_return_sequences=width,
+            prefix_allowed_tokens_fn=next_tokens,
+            max_new_tokens=4,
+            length_penalty=0.0,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+        assert found_BW[user].tolist() == [item_of[tuple(row[1:])] for row in generated.sequences.tolist()]
+        np.testing.assert_allclose(score_BW[user], generated.sequences_scores.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("exclude_history", [False, True])
+def test_no_item_is_ineligible_or_twice_or_out_of_order(precision, exclude_history):
+    codes_NI = catalog_of(3, 60)
+    eligible_N = np.arange(60) % 3 > 0
+    item_index, lengths_B = histories_of(3, 30, 60)
+    decoder = Decoder(MODEL, codes_NI, eligible_N, DecodingSettings(beam_width=12, precision=precision))
+    found_BK, score_BK = decoder.recommend(item_index, lengths_B, None, 12, exclude_history=exclude_history)
+    assert found_BK.dtype == np.int64
+    assert score_BK.dtype == np.float32
+    for user, history in enumerate(split(item_index, lengths_B)):
+        assert eligible_N[found_BK[user]].all()
+        assert len(set(found_BK[user])) == 12
+        assert not exclude_history or not set(found_BK[user]) & set(history)
+    assert (np.diff(score_BK, axis=1) <= 0).all()
+
+
+def test_excluded_items_cost_no_place_in_the_beam():
+    """A user who had nearly everything still gets as many items as are left, with a beam that narrow."""
+    codes_NI = catalog_of(4, 72)
+    every_N = np.arange(72, dtype=np.int32)
+    left = {3, 30, 41, 70}
+    history = np.array([item for item in every_N if item not in left], np.int32)
+    decoder = Decoder(MODEL, codes_NI, np.ones(72, bool), DecodingSettings(beam_width=4))
+    found_BK, _ = decoder.recommend(np.tile(history, 2), np.array([68, 68]), None, 4, exclude_history=True)
+    assert set(found_BK[0]) == set(found_BK[1]) == left
+
+
+def test_a_user_gets_the_same_alone_and_among_others():
+    model = tiny_model(num_user_buckets=10, max_history=4)
+    codes_NI = catalog_of(5, 50)
+    item_index, lengths_B = histories_of(5, 23, 50, longest=9)
+    buckets_B = np.arange(23) % 10
+    decoding = DecodingSettings(beam_width=8, batch_size=5)
+    decoder = Decoder(model, codes_NI, np.ones(50, bool), decoding)
+    found_BK, score_BK = decoder.recommend(item_index, lengths_B, buckets_B, 6)
+    assert found_BK.shape == (23, 6)
+    for user, history in enumerate(split(item_index, lengths_B)):
+        found, score = decoder.recommend(history, lengths_B[user : user + 1], buckets_B[user : user + 1], 6)
+        assert found[0].tolist() == found_BK[user].tolist()
+        np.testing.assert_allclose(score[0], score_BK[user], atol=1e-4)
+
+
+def test_only_the_last_max_history_items_are_read_and_the_bucket_is():
+    model = tiny_model(num_user_buckets=10, max_history=3)
+    decoder = Decoder(model, catalog_of(6, 50), np.ones(50, bool), DecodingSettings(beam_width=8))
+    history = np.array([9, 8, 7, 1, 2, 3], np.int32)
+    _, whole = decoder.recommend(history, np.array([6]), np.array([4]), 8)
+    _, tail = decoder.recommend(history[3:], np.array([3]), np.array([4]), 8)
+    _, other_tail = decoder.recommend(history[:3], np.array([3]), np.array([4]), 8)
+    _, other_user = decoder.recommend(history[3:], np.array([3]), np.array([5]), 8)
+    np.testing.assert_array_equal(whole, tail)
+    assert not np.allclose(whole, other_tail)
+    assert not np.allclose(whole, other_user)
+
+
+def test_the_same_users_get_the_same_bytes_again():
+    codes_NI = catalog_of(7, 60)
+    item_index, lengths_B = histories_of(7, 20, 60)
+    first, second = (
+        Decoder(MODEL, codes_NI, np.ones(60, bool), DecodingSettings(beam_width=9)).recommend(
+            item_index, lengths_B, None, 9
+        )
+        for _ in range(2)
+    )
+    assert first[0].tobytes() == second[0].tobytes()
+    assert first[1].tobytes() == second[1].tobytes()
+
+
+def test_a_model_of_another_id_space_is_refused():
+    with pytest.raises(ArtifactError, match="different ID spaces"):
+        Decoder(MODEL, np.full((3, 4), 9, np.int16), np.ones(3, bool), DecodingSettings())
+
+
+@dataclass
+class FixedState:
+    level: int = 0
+
+    def reorder(self, beam_BW: torch.Tensor) -> None:
+        """Nothing depends on the past."""
+
+
+class FixedModel:
+    """Knows one row of log-probabilities per level, whatever the history."""
+
+    def __init__(self, *log_prob_C: list[float]) -> None:
+        self.log_prob = [torch.tensor(row) for row in log_prob_C]
+        self.vocabulary = Vocabulary(tuple(len(row) for row in log_prob_C))
+
+    def start(self, history_BT: torch.Tensor) -> FixedState:
+        return FixedState()
+
+    def next_log_probs(self, token_BW: torch.Tensor, state: FixedState) -> torch.Tensor:
+        state.level += 1
+        return self.log_prob[state.level - 1].expand(*token_BW.shape, -1)
+
+
+def search(model: FixedModel, codes: list[tuple[int, ...]], width: int) -> tuple[list[int], list[float]]:
+    trie = Trie.build(np.array(codes, np.int16), np.ones(len(codes), bool))
+    found_BW, score_BW = beam_search(model, trie, torch.ones(1, 1, dtype=torch.int64), width)
+    return found_BW[0].tolist(), score_BW[0].tolist()
+
+
+def test_equal_scores_come_in_the_order_of_the_semantic_ids():
+    codes = [(1, 1), (0, 2), (1, 0), (0, 0), (2, 1), (0, 1)]
+    assert search(FixedModel([-1.0] * 3, [-1.0] * 3), codes, 4)[0] == [3, 5, 1, 2]
+    # the beams arrive by score, first (2,) and then (0,), yet (0, 0) ties with (2, 1) and comes first
+    assert search(FixedModel([-2.0, -9.0, -1.0], [-1.0, -9.0, -2.0]), [(2, 2), (0, 0), (1, 0)], 2) == (
+        [1, 0],
+        [-3.0, -3.0],
+    )
+
+
+def test_a_narrow_beam_forgets_what_a_wide_one_finds():
+    """The best item hides behind the worse first codeword: a beam of one must miss it."""
+    model, codes = FixedModel([-1.0, -2.0], [-5.0, -0.5]), [(0, 0), (1, 1)]
+    assert search(model, codes, 1) == ([0], [-6.0])
+    assert search(model, codes, 2) == ([1, 0], [-2.5, -6.0])
+
+
+def test_fewer_items_than_beams_leave_the_rest_empty():
+    found, score = search(FixedModel([-1.0, -2.0], [-1.0, -1.0]), [(1, 1), (0, 1)], 4)
+    assert found == [1, 0, -1, -1]
+    assert score == [-2.0, -3.0, -float("inf"), -float("inf")]
+
+
+@given(st.lists(st.sampled_from([-0.5, -1.0, -1e-30, -3e38, 0.0, 2.5, float("-inf")]), min_size=1), st.data())
+def test_best_places_are_those_of_a_stable_sort(scores, data):
+    count = data.draw(st.integers(1, len(scores)))
+    expected = sorted(range(len(scores)), key=lambda place: (-scores[place], place))[:count]
+    assert best_places(torch.tensor([scores]), count).tolist() == [expected]
+
+
+def test_ranges_follow_one_another():
+    assert ranges(np.array([5, 0, 9]), np.array([2, 3, 1])).tolist() == [5, 6, 0, 1, 2, 9]
+    assert ranges(np.array([7]), np.array([0])).tolist() == []

@@ -1,0 +1,225 @@
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import T5Config, T5ForConditionalGeneration
+
+from tiger_ray.config import ModelSettings
+from tiger_ray.errors import ArtifactError
+from tiger_ray.model import Dropout, TigerModel
+from tiger_ray.tokens import PAD, Vocabulary
+
+VOCABULARY = Vocabulary((6, 5, 4), num_user_buckets=3)
+
+
+def tiny_model(**changes) -> TigerModel:
+    torch.manual_seed(0)
+    sizes = {"num_layers": 2, "d_model": 16, "num_heads": 2, "d_kv": 8, "d_ff": 24, "num_user_buckets": 3}
+    return TigerModel(ModelSettings(**(sizes | changes)), VOCABULARY).eval()
+
+
+def hugging_face(model: TigerModel) -> T5ForConditionalGeneration:
+    """The same model in transformers, written down from the settings and not from our own config.json."""
+    theirs = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=model.vocabulary.size,
+            d_model=model.settings.d_model,
+            d_kv=model.settings.d_kv,
+            d_ff=model.settings.d_ff,
+            num_layers=model.settings.num_layers,
+            num_heads=model.settings.num_heads,
+            dropout_rate=0.0,
+            tie_word_embeddings=model.settings.tie_embeddings,
+            decoder_start_token_id=PAD,
+            eos_token_id=None,
+        )
+    )
+    if not model.settings.tie_embeddings:  # transformers 5 ties them all the same
+        theirs.lm_head.weight = torch.nn.Parameter(theirs.lm_head.weight.clone())
+    theirs.load_state_dict(model.state_dict(), strict=True)
+    return theirs.eval()
+
+
+def padded_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Histories of 1 to 180 tokens (the far position buckets too) and targets."""
+    torch.manual_seed(1)
+    history_BT = torch.randint(1, VOCABULARY.size, (4, 180))
+    for row, length in enumerate((180, 131, 9, 1)):
+        history_BT[row, length:] = PAD
+    first_I = torch.tensor(VOCABULARY.offsets)
+    return history_BT, first_I + torch.randint(0, 4, (4, 3))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_loss_and_gradients_equal_those_of_hugging_face(tied):
+    ours = tiny_model(tie_embeddings=tied)
+    theirs = hugging_face(ours)
+    history_BT, target_BI = padded_batch()
+    expected = theirs(input_ids=history_BT, attention_mask=(history_BT != PAD).long(), labels=target_BI)
+
+    torch.testing.assert_close(ours(history_BT, target_BI), expected.logits, atol=1e-4, rtol=0)
+    loss = ours.loss(history_BT, target_BI)
+    torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=0)
+    loss.backward()
+    expected.loss.backward()
+    gradients = {name: weight.grad for name, weight in theirs.named_parameters()}
+    assert gradients.keys() == dict(ours.named_parameters()).keys()
+    for name, weight in ours.named_parameters():
+        torch.testing.assert_close(weight.grad, gradients[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_weights_of_hugging_face_load_strictly():
+    theirs = hugging_face(tiny_model())
+    ours = tiny_model(num_layers=2)
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.normal_()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    history_BT, target_BI = padded_batch()
+    expected = theirs(input_ids=history_BT, attention_mask=(history_BT != PAD).long(), labels=target_BI)
+    torch.testing.assert_close(ours(history_BT, target_BI), expected.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_hugging_face_reads_the_files(tmp_path):
+    ours = tiny_model()
+    for name, data in ours.to_files().items():
+        (tmp_path / name).write_bytes(data)
+    theirs, report = T5ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert not report["mismatched_keys"]
+    history_BT, target_BI = padded_batch()
+    expected = theirs(input_ids=history_BT, attention_mask=(history_BT != PAD).long(), labels=target_BI)
+    torch.testing.assert_close(ours(history_BT, target_BI), expected.logits, atol=1e-4, rtol=0)
+
+
+def test_initial_weights_deviate_as_those_of_hugging_face():
+    sizes = {"d_model": 64, "num_heads": 4, "d_kv": 32, "d_ff": 256}
+    ours = tiny_model(**sizes)
+    theirs = hugging_face(ours)
+    theirs.init_weights()
+    for name, weight in theirs.named_parameters():
+        if weight.numel() < 1000:  # too few numbers to know a deviation by
+            continue
+        assert ours.get_parameter(name).std().item() == pytest.approx(weight.std().item(), rel=0.1), name
+
+
+def test_decoding_step_by_step_equals_decoding_at_once():
+    model = tiny_model()
+    history_BT, target_BI = padded_batch()
+    with torch.no_grad():
+        log_prob_BIV = model(history_BT, target_BI).log_softmax(-1)
+        state = model.start(history_BT)
+        token_BW = torch.full((4, 1), PAD)
+        for level, first in enumerate(VOCABULARY.offsets):
+            log_prob_BWC = model.next_log_probs(token_BW, state)
+            expected_BC = log_prob_BIV[:, level, first : first + VOCABULARY.level_sizes[level]]
+            torch.testing.assert_close(log_prob_BWC[:, 0], expected_BC, atol=1e-5, rtol=0)
+            token_BW = target_BI[:, level : level + 1]
+
+
+def test_beams_keep_their_own_past_when_they_are_reordered():
+    model = tiny_model()
+    history_BT, _ = padded_batch()
+    first, second, third = VOCABULARY.offsets
+    with torch.no_grad():
+        state = model.start(history_BT)
+        model.next_log_probs(torch.full((4, 1), PAD), state)
+        state.reorder(torch.zeros(4, 2, dtype=torch.int64))
+        model.next_log_probs(torch.tensor([[first, first + 1]] * 4), state)
+        state.reorder(torch.tensor([[1, 0, 1]] * 4))
+        log_prob_BWC = model.next_log_probs(torch.tensor([[second, second + 1, second + 2]] * 4), state)
+        for beam, past in enumerate(([first + 1, second], [first, second + 1], [first + 1, second + 2])):
+            target_BI = torch.tensor([[*past, third]] * 4)
+            expected_BC = model(history_BT, target_BI).log_softmax(-1)[:, 2, third : third + 4]
+            torch.testing.assert_close(log_prob_BWC[:, beam], expected_BC, atol=1e-5, rtol=0)
+
+
+def test_bf16_stays_near_fp32():
+    model = tiny_model()
+    history_BT, target_BI = padded_batch()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(history_BT, target_BI)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(model.loss(history_BT, target_BI).item(), rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_its_share_and_keeps_the_mean_and_the_seed(dtype):
+    dropout = Dropout(0.3)
+    ones = torch.ones(1001, 999, dtype=dtype)  # an odd number, since masks are drawn four at a time
+    torch.manual_seed(0)
+    dropped = dropout(ones)
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.3, abs=0.002)
+    assert dropped.float().mean().item() == pytest.approx(1.0, abs=0.005)
+    # neighbours are drawn independently
+    both = (dropped[:, 1:] == 0) & (dropped[:, :-1] == 0)
+    assert both.float().mean().item() == pytest.approx(0.09, abs=0.002)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(ones), dropped)
+    assert torch.equal(dropout.eval()(ones), ones)
+
+
+def test_dropout_passes_gradients_where_it_passed_values():
+    value = torch.randn(64, 64, requires_grad=True)
+    dropped = Dropout(0.5)(value)
+    dropped.sum().backward()
+    torch.testing.assert_close(value.grad * value, dropped)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_files_hold_the_whole_model(tied):
+    model = tiny_model(tie_embeddings=tied)
+    loaded = TigerModel.from_files(model.to_files())
+    assert not loaded.training
+    assert loaded.settings == model.settings
+    assert loaded.vocabulary == model.vocabulary
+    assert (loaded.lm_head.weight is loaded.shared.weight) == tied
+    for name, weight in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+
+
+def test_files_are_the_same_bytes_each_time():
+    assert tiny_model().to_files() == tiny_model().to_files()
+
+
+NORM = "encoder.final_layer_norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop(NORM), f"lacks the tensor {NORM}"),
+        (lambda tensors: tensors.update(extra=torch.ones(1)), "holds the tensor extra,"),
+        (
+            lambda tensors: tensors.update({NORM: torch.ones(3)}),
+            rf"tensor {NORM} .* shape \(3,\), .* \(16,\)",
+        ),
+        (lambda tensors: tensors[NORM].fill_(float("nan")), f"tensor {NORM} .* not finite"),
+    ],
+    ids=["missing", "unknown", "other shape", "not finite"],
+)
+def test_weights_that_are_not_this_models_are_refused_by_name(change, message):
+    files = tiny_model().to_files()
+    tensors = safetensors.torch.load(files["model.safetensors"])
+    change(tensors)
+    files["model.safetensors"] = safetensors.torch.save(tensors)
+    with pytest.raises(ArtifactError, match=message):
+        TigerModel.from_files(files)
+
+
+def test_damaged_files_are_refused_by_name():
+    files = tiny_model().to_files()
+    with pytest.raises(ArtifactError, match=r"no file config\.json"):
+        TigerModel.from_files({"model.safetensors": files["model.safetensors"]})
+    with pytest.raises(ArtifactError, match=r"model\.safetensors is damaged"):
+        TigerModel.from_files(files | {"model.safetensors": files["model.safetensors"][:-5]})
+    for damage in (
+        b"{",
+        b"{}",
+        b"[]",
+        json.dumps({"tiger_ray": {"model": {"depth": 1}, "level_sizes": [2]}}).encode(),
+    ):
+        with pytest.raises(ArtifactError, match=r"config\.json"):
+            TigerModel.from_files(files | {"config.json": damage})

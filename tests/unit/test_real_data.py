@@ -1,0 +1,48 @@
+"""The stages on Amazon Beauty; needs the variable TIGER_DATA, the folder that holds beauty/."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from tiger_ray.catalog import clean_rows
+from tiger_ray.config import CatalogSettings, EventsSettings, SequencesSettings
+from tiger_ray.sequences import histories_of, prepare_events
+
+DATA = os.environ.get("TIGER_DATA")
+pytestmark = pytest.mark.skipif(
+    DATA is None, reason="TIGER_DATA is not set; it names the folder of the Amazon data"
+)
+
+
+def beauty(name: str) -> pa.Table:
+    return pq.read_table(Path(DATA or "") / "beauty" / name)
+
+
+def test_every_beauty_item_has_clean_text():
+    settings = CatalogSettings(uri="unused", text=("title", "brand", "categories"), category="categories")
+    items = clean_rows(beauty("items.parquet"), settings, pa.string(), None)
+
+    assert items.num_rows == 12_101
+    assert pc.all(pc.greater(pc.utf8_length(items.column("text")), 0)).as_py()
+    assert not pc.any(pc.match_substring_regex(items.column("text"), r"&(amp|quot|#\d+);")).as_py()
+    assert items.column("category").null_count == 0
+
+
+def test_beauty_histories_are_the_published_sequences():
+    events = beauty("interactions.parquet")
+    item_id = pc.unique(events.column("item_id"))
+    items = pa.table({"item_id": item_id, "tie": np.arange(len(item_id), dtype=np.int32)})
+    settings = EventsSettings(uri="unused", timestamp_unit="position"), SequencesSettings(num_shards=1)
+    shuffled = events.take(np.random.default_rng(0).permutation(events.num_rows))
+
+    histories = histories_of(prepare_events(shuffled, *settings, items).drop_columns(["shard"]), 1000)
+
+    assert histories.num_rows == 22_363
+    ordered = events.sort_by([("user_id", "ascending"), ("timestamp", "ascending")])
+    expected = pc.index_in(ordered.column("item_id"), value_set=item_id).cast(pa.int32())
+    assert histories.column("history").combine_chunks().flatten().equals(expected.combine_chunks())

@@ -1,0 +1,151 @@
+"""Histories equal those of a plain loop over all events, however the events are cut into blocks."""
+
+from collections import defaultdict
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tiger_ray import schemas
+from tiger_ray.config import EventsSettings, SequencesSettings
+from tiger_ray.sequences import histories_of, prepare_events, training_lengths
+from tiger_ray.shards import stable_hash
+
+ITEMS = ["i0", "i1", "i2", "i3", "i4"]
+TIES = [3, 0, 4, 1, 2]
+
+
+def item_table(ids=ITEMS, ties=TIES, type=None):
+    return pa.table({"item_id": pa.array(ids, type), "tie": pa.array(ties, pa.int32())})
+
+
+def event_table(events, user_type=None, item_type=None):
+    users, items, times = zip(*events, strict=True) if events else ((), (), ())
+    return pa.table(
+        {
+            "user_id": pa.array(users, user_type or pa.string()),
+            "item_id": pa.array(items, item_type or pa.string()),
+            "timestamp": pa.array(times, pa.int64()),
+        }
+    )
+
+
+def histories(blocks, max_events, num_shards=2, items=None, **types):
+    """user_id -> history as item_index, through `prepare_events` per block and `histories_of` per shard."""
+    chosen = SequencesSettings(num_shards=num_shards, max_events=max_events)
+    prepared = pa.concat_tables(
+        prepare_events(event_table(block, **types), EventsSettings(uri="/e"), chosen, items or item_table())
+        for block in blocks
+    )
+    found = {}
+    for shard in range(num_shards):
+        rows = prepared.filter(pa.compute.equal(prepared.column("shard"), shard)).drop_columns(["shard"])
+        if rows.num_rows:
+            table = histories_of(rows, max_events)
+            assert table.column("user_id").to_pylist() == sorted(table.column("user_id").to_pylist())
+            assert (stable_hash(table.column("user_id")) % num_shards == shard).all()
+            found |= zip(
+                table.column("user_id").to_pylist(), table.column("history").to_pylist(), strict=True
+            )
+    return found
+
+
+def loop_histories(events, max_events, ids=ITEMS, ties=TIES):
+    """The same by the definition: order by time then tie, drop exact repeats and unknown items, keep the end."""
+    by_user = defaultdict(set)
+    for user, item, time in events:
+        if user is None or item is None or time is None:
+            continue
+        by_user[user] |= {(time, ties[ids.index(item)], ids.index(item))} if item in ids else set()
+    return {user: [index for _, _, index in sorted(seen)][-max_events:] for user, seen in by_user.items()}
+
+
+users = st.sampled_from(["u", "u", "ü", "", None])  # one of them busy, so that the cap cuts
+event = st.tuples(users, st.sampled_from([*ITEMS, *ITEMS, "gone", None]), st.integers(-3, 6) | st.none())
+repeated = st.tuples(event, st.integers(1, 6)).map(lambda pair: [pair[0]] * pair[1])
+events = st.lists(repeated, max_size=25).map(lambda lists: [event for part in lists for event in part])
+
+
+@given(events, st.lists(st.integers(0, 40), max_size=4), st.integers(3, 6), st.integers(1, 3))
+@settings(max_examples=100, deadline=None)
+def test_histories_equal_a_plain_loop_wherever_the_blocks_are_cut(events, cuts, max_events, num_shards):
+    edges = [0, *sorted(min(cut, len(events)) for cut in cuts), len(events)]
+    blocks = [events[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    assert histories(blocks, max_events, num_shards) == loop_histories(events, max_events)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([0, -(2**63), 2**63 - 1]),
+            st.sampled_from([2**53, 2**53 + 1, 7]),
+            st.integers(0, 3),
+        ),
+        max_size=20,
+    )
+)
+@settings(max_examples=50, deadline=None)
+def test_int64_ids_are_told_apart_to_the_last_bit(events):
+    ids = [2**53, 2**53 + 1]
+    found = histories(
+        [events], 5, items=item_table(ids, [0, 1], pa.int64()), user_type=pa.int64(), item_type=pa.int64()
+    )
+    assert found == loop_histories(events, 5, ids, [0, 1])
+
+
+def test_events_of_one_moment_are_ordered_by_tie_not_by_arrival():
+    block = [("u", item, 5) for item in ITEMS]
+    by_tie = np.argsort(TIES).tolist()
+    assert histories([block], 9) == histories([block[::-1]], 9) == {"u": by_tie}
+
+
+def test_the_same_item_at_two_times_stays_twice_and_an_exact_repeat_goes():
+    assert histories([[("u", "i0", 1), ("u", "i0", 2)], [("u", "i0", 1)]], 9) == {"u": [0, 0]}
+
+
+def test_the_most_recent_events_are_kept_even_if_repeats_crowd_the_end():
+    block = [("u", "i0", 1), ("u", "i1", 2), ("u", "i2", 3), *[("u", "i3", 4)] * 10]
+    for blocks in ([block], [block[:4], block[4:]]):
+        assert histories(blocks, 3) == {"u": [1, 2, 3]}
+
+
+def test_the_cap_holds_over_all_blocks_together():
+    blocks = [[("u", "i0", 1), ("u", "i1", 4)], [("u", "i2", 2), ("u", "i3", 3)], [("u", "i4", 0)]]
+    assert histories(blocks, 3) == {"u": [2, 3, 1]}
+
+
+def test_a_user_of_unknown_items_only_keeps_a_row_with_an_empty_history():
+    assert histories([[("u", "gone", 1), ("u", "lost", 2), ("v", "i1", 1)]], 9) == {"u": [], "v": [1]}
+
+
+def test_a_busy_user_does_not_travel_through_the_shuffle():
+    block = [("bot", ITEMS[n % 5], n) for n in range(500)] + [("u", "i1", 1), ("bot", "gone", 1)] * 20
+    block += [("bot", "i0", 499)] * 100
+    prepared = prepare_events(
+        event_table(block), EventsSettings(uri="/e"), SequencesSettings(max_events=10), item_table()
+    )
+    assert prepared.num_rows == 10 + 1 + 1  # the bot's last ten, its marker, and the user's one event
+
+
+def test_rows_have_the_schema_of_the_artifact_and_the_hash_of_the_user():
+    prepared = prepare_events(
+        event_table([("b", "i1", 2), ("a", "i0", 1)], user_type=pa.large_string()),
+        EventsSettings(uri="/e"),
+        SequencesSettings(num_shards=1),
+        item_table(),
+    )
+    table = histories_of(prepared.drop_columns(["shard"]), 10)
+    assert table.schema == schemas.sequences(pa.large_string())
+    assert table.column("user_id").to_pylist() == ["a", "b"]
+    assert table.column("user_hash").to_pylist() == stable_hash(pa.array(["a", "b"])).tolist()
+
+
+@pytest.mark.parametrize(
+    ("held_out", "expected"),
+    [(2, [0, 1, 2, 1, 2, 8]), (0, [0, 1, 2, 3, 4, 10])],
+    ids=["leave one out", "none"],
+)
+def test_training_sees_all_but_the_last_two_events_unless_the_user_is_too_short(held_out, expected):
+    assert training_lengths(np.array([0, 1, 2, 3, 4, 10]), held_out).tolist() == expected
