@@ -1,0 +1,64 @@
+"""A job that is killed while it scores users goes on with the shards that are missing."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from nights import Night, contents, published, until
+
+SHARDS = 4
+KEPT = re.compile(r"recommendations: (\d) of 4 shards are there already, (\d) to do")
+
+
+def shards_on_disk(root: Path) -> dict[Path, int]:
+    """Data files that a `_done` record names, with their times of change in ns."""
+    top = root / "recommendations"
+    files = [top / json.loads(record.read_bytes())["path"] for record in top.glob("_runs/*/_done/*.json")]
+    return {file: file.stat().st_mtime_ns for file in files}
+
+
+def assert_only_the_missing_shards_are_scored(
+    start_night: Callable[..., Night], root: Path, undisturbed: Path, *words: str
+) -> None:
+    before = shards_on_disk(root)
+    assert 1 <= len(before) < SHARDS, f"{len(before)} shards were done when the driver died"
+
+    output = start_night(root, *words).succeed()
+
+    found = KEPT.search(output)
+    assert found, output
+    kept = int(found[1])
+    assert len(before) <= kept < SHARDS
+    assert kept + int(found[2]) == SHARDS
+    after = shards_on_disk(root)
+    assert len(after) == SHARDS
+    assert before.items() <= after.items(), "a finished shard was written again"
+
+    mine, theirs = (published(each)["recommendations"] for each in (root, undisturbed))
+    assert contents(mine) == contents(theirs)
+    for name, sha256 in contents(theirs).items():
+        (file,) = (each for each in after if each.name == name)
+        (other,) = undisturbed.glob(f"recommendations/_runs/*/*-{sha256[:16]}/{name}")
+        assert file.read_bytes() == other.read_bytes()
+    users = [row for file in after for row in pq.read_table(file).column("user_id").to_pylist()]
+    assert len(users) == len(set(users)) == 300
+
+
+def test_a_driver_killed_after_its_first_shard_scores_only_the_rest(
+    start_night: Callable[..., Night], undisturbed: Path, root_before: Callable[[str], Path]
+) -> None:
+    root = root_before("recommendations")
+    start_night(root, crash_at="recommendations.shard").die()
+    assert_only_the_missing_shards_are_scored(start_night, root, undisturbed)
+
+
+def test_a_driver_killed_from_outside_between_two_shards_scores_only_the_rest(
+    start_night: Callable[..., Night], undisturbed: Path, root_before: Callable[[str], Path]
+) -> None:
+    root = root_before("recommendations")
+    night = start_night(root)
+    until(lambda: len(shards_on_disk(root)) >= 2, "two finished shards")
+    night.kill()
+    assert_only_the_missing_shards_are_scored(start_night, root, undisturbed)
