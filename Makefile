@@ -6,9 +6,11 @@ export RAY_AUTH_MODE ?= disabled
 
 .PHONY: demo test unit lint clean
 
-demo: .venv/base
-	$(BIN)/python jobs/synthesize.py --out demo/data --items 800 --users 4000 --seed 7
+demo: demo/data/plant.json
 	$(BIN)/python jobs/nightly.py --config jobs/demo.yaml --date $(DATE)
+
+demo/data/plant.json: .venv/base
+	$(BIN)/python jobs/synthesize.py --out demo/data --items 800 --users 4000 --seed 7
 
 test: lint
 	$(BIN)/python -m pytest

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import html
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -90,6 +90,24 @@ def read_input_schema(files: Sequence[InputFile], uri: str, wanted: dict[str, st
     return first, rows
 
 
+def read_columns(files: Sequence[InputFile], uri: str, columns: Iterable[str]) -> ray.data.Dataset:
+    """These columns of the input files, each once; the others may differ from file to file.
+
+    Args:
+        files: Parquet files below `uri` that passed `read_input_schema`.
+        uri: of the input, for its filesystem.
+        columns: names.
+    """
+    filesystem, _ = input_filesystem(uri)
+    with filesystem.open_input_file(files[0].path) as source:
+        schema = pq.read_schema(source)
+    wanted = pa.schema([schema.field(name) for name in sorted(set(columns))])
+    # A folder named like `date=...` is no column.
+    return ray.data.read_parquet(
+        [file.path for file in files], filesystem=filesystem, schema=wanted, partitioning=None
+    )
+
+
 def id_type(schema: pa.Schema, column: str, uri: str) -> pa.DataType:
     """Type of an id column: string, large_string or int64, also behind a dictionary.
 
@@ -115,16 +133,11 @@ def _compute(run: Run, settings: CatalogSettings, files: Sequence[InputFile]) ->
     if settings.template is not None:
         _template_parts(settings)
 
-    filesystem, _ = input_filesystem(settings.uri)
-    dataset = (
-        ray.data.read_parquet([file.path for file in files], filesystem=filesystem)
-        .select_columns(sorted(set(wanted.values())))
-        .map_batches(
-            clean_rows,
-            fn_args=(settings, item_id_type, vector_type),
-            batch_size=None,
-            batch_format="pyarrow",
-        )
+    dataset = read_columns(files, settings.uri, wanted.values()).map_batches(
+        clean_rows,
+        fn_args=(settings, item_id_type, vector_type),
+        batch_size=None,
+        batch_format="pyarrow",
     )
     entries = write_partitions(dataset, _Finish(run, settings), num_shards=settings.num_shards)
     items = sum(entry.rows for entry in entries)

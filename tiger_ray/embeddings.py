@@ -80,6 +80,7 @@ class HashingEncoder:
     """
 
     _NUM_FEATURES = 2**16
+    _WEIGHTS_PER_FEATURE = 16
 
     def __init__(self, dim: int, seed: int = 0) -> None:
         from sklearn.feature_extraction.text import HashingVectorizer
@@ -88,7 +89,9 @@ class HashingEncoder:
         self._vectorizer = HashingVectorizer(
             n_features=self._NUM_FEATURES, ngram_range=(1, 2), dtype=np.float32
         )
-        projection = SparseRandomProjection(dim, random_state=seed, dense_output=True)
+        # The default density leaves a third of all words without any weight.
+        density = min(1.0, self._WEIGHTS_PER_FEATURE / dim)
+        projection = SparseRandomProjection(dim, density=density, random_state=seed, dense_output=True)
         # Only the shape of this matrix matters for fit.
         self._projection = projection.fit(np.zeros((1, self._NUM_FEATURES), np.float32))
 

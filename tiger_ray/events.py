@@ -16,13 +16,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from tiger_ray.catalog import id_type, read_input_schema
+from tiger_ray.catalog import id_type, read_columns, read_input_schema
 from tiger_ray.config import EventsSettings, Settings
 from tiger_ray.errors import DataError
 from tiger_ray.shards import plain_errors
 from tiger_ray.stage import Computed, StageResult, run_stage
 from tiger_ray.storage import Manifest, Run, Storage
-from tiger_ray.stores import InputFile, input_filesystem, list_inputs
+from tiger_ray.stores import InputFile, list_inputs
 
 _TICKS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _EARLIEST = datetime(1990, 1, 1, tzinfo=UTC).timestamp()
@@ -50,13 +50,10 @@ def run(settings: Settings, storage: Storage, catalog: Manifest) -> StageResult:
 
 def read_events(files: Sequence[InputFile], settings: EventsSettings) -> ray.data.Dataset:
     """The wanted columns of the events, unfiltered."""
-    filesystem, _ = input_filesystem(settings.uri)
     columns = [settings.user_id, settings.item_id, settings.timestamp]
     if settings.event_type is not None:
         columns.append(settings.event_type)
-    return ray.data.read_parquet([file.path for file in files], filesystem=filesystem).select_columns(
-        sorted(set(columns))
-    )
+    return read_columns(files, settings.uri, columns)
 
 
 def wanted_rows(batch: pa.Table, settings: EventsSettings) -> pa.Table:

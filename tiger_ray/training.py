@@ -12,6 +12,7 @@ that the model reads.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import tempfile
@@ -432,6 +433,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
+    logging.disable(logging.INFO)  # Ray Train logs each report of each worker
     run, settings, storage = config["run"], config["settings"], config["storage"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()

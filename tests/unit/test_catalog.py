@@ -90,7 +90,7 @@ pieces = st.sampled_from([*"a;lt&\t\n\u00a0", "&amp;", "&lt;", "&#39;", "&nbsp;"
 
 
 @given(st.lists(st.none() | st.lists(pieces, max_size=6).map("".join), max_size=10))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_plain_text_equals_unescaping_twice_and_splitting(values):
     def oracle(value):
         return " ".join(html.unescape(html.unescape(value)).split()) or None if value is not None else None

@@ -37,7 +37,7 @@ def rankings(draw):
 
 
 @given(rankings(), st.integers(0, 12))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_metrics_of_any_two_parts_equal_the_loop_over_all_users(case, cut):
     lists, targets = case
     found, target = np.array(lists, np.int64), np.array(targets, np.int64)

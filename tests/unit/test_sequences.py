@@ -69,7 +69,7 @@ events = st.lists(repeated, max_size=25).map(lambda lists: [event for part in li
 
 
 @given(events, st.lists(st.integers(0, 40), max_size=4), st.integers(3, 6), st.integers(1, 3))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_histories_equal_a_plain_loop_wherever_the_blocks_are_cut(events, cuts, max_events, num_shards):
     edges = [0, *sorted(min(cut, len(events)) for cut in cuts), len(events)]
     blocks = [events[start:end] for start, end in zip(edges, edges[1:], strict=False)]
@@ -149,3 +149,23 @@ def test_rows_have_the_schema_of_the_artifact_and_the_hash_of_the_user():
 )
 def test_training_sees_all_but_the_last_two_events_unless_the_user_is_too_short(held_out, expected):
     assert training_lengths(np.array([0, 1, 2, 3, 4, 10]), held_out).tolist() == expected
+
+
+def test_a_user_with_a_million_events_is_cut_before_the_shuffle():
+    count = 1_000_000
+    events = pa.table(
+        {
+            "user_id": pa.repeat("bot", count),
+            "item_id": pa.repeat("a", count),
+            "timestamp": pa.array(np.arange(count)[::-1].copy()),
+        }
+    )
+    items = pa.table({"item_id": ["a"], "tie": pa.array([0], pa.int32())})
+    settings = (
+        EventsSettings(uri="unused", timestamp_unit="s"),
+        SequencesSettings(num_shards=1, max_events=10),
+    )
+
+    prepared = prepare_events(events, *settings, items)
+
+    assert sorted(prepared.column("timestamp").to_pylist()) == list(range(count - 10, count))

@@ -1,0 +1,322 @@
+"""Bad input ends with a message that says what to change, and publishes nothing."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from worlds import MONDAY, published_dates, run_night, tiny_settings, write
+
+from tiger_ray.errors import DataError, StorageError
+from tiger_ray.storage import Storage
+
+REPO = Path(__file__).parents[2]
+
+ITEMS = [f"i{n}" for n in range(20)]
+CATALOG = pa.table({"item_id": ITEMS, "title": [f"Title {n}" for n in range(20)]})
+EVENTS = pa.table(
+    {
+        "user_id": [f"u{n % 5}" for n in range(40)],
+        "item_id": [ITEMS[n % 20] for n in range(40)],
+        "timestamp": pa.array([1_790_000_000 + n for n in range(40)]).cast(pa.timestamp("s")),
+    }
+)
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+class BadNight:
+    """Runs the stages on tables of the test's own and looks at what was published."""
+
+    def __init__(self, folder: Path, catalog_uri: str | None = None) -> None:
+        self.root, self.data = str(folder / "root"), folder / "data"
+        self.catalog_uri = catalog_uri or f"{self.data}/catalog"
+
+    def write(self, catalog=CATALOG, events=EVENTS):
+        write(f"{self.data}/catalog", catalog)
+        write(f"{self.data}/events", events)
+        return self
+
+    def run(self, until="events", **changed):
+        catalog = {"uri": self.catalog_uri, "text": ["title"], "category": None, "available": None}
+        catalog |= changed.pop("catalog", {})
+        changed = {"quantizer": {"codebook_size": 4}, "catalog": catalog, **changed}
+        return run_night(tiny_settings(self.root, str(self.data), **changed), until)
+
+    def refused(self, message, until="events", published=(), **changed):
+        """The night ends with a DataError like `message`, and only `published` is there."""
+        with pytest.raises(DataError, match=message):
+            self.run(until, **changed)
+        assert published_dates(Storage(self.root)) == {(artifact, MONDAY) for artifact in published}
+
+
+@pytest.fixture
+def bad(tmp_path):
+    return BadNight(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def good_catalog(local_ray, tmp_path_factory):
+    """A night whose catalog is published."""
+    folder = tmp_path_factory.mktemp("good")
+    BadNight(folder).write().run("catalog")
+    return folder
+
+
+@pytest.fixture
+def bad_events(good_catalog, tmp_path):
+    """The same, for events of the test's own."""
+    shutil.copytree(good_catalog / "root", tmp_path / "root")
+    return BadNight(tmp_path, str(good_catalog / "data" / "catalog"))
+
+
+def replaced(table, column, values, type=None):
+    return table.set_column(table.schema.get_field_index(column), column, pa.array(values, type))
+
+
+def test_an_empty_catalog(bad):
+    bad.write(catalog=CATALOG[:0]).refused(r"catalog holds 1 Parquet file\(s\) and 0 rows")
+
+
+def test_an_empty_folder_and_no_folder(bad):
+    (bad.data / "catalog").mkdir(parents=True)
+    bad.refused(r"no \.parquet file at .*catalog")
+    bad.refused(r"no \.parquet file at .*elsewhere", catalog={"uri": str(bad.data / "elsewhere")})
+
+
+def test_a_folder_of_other_files(bad):
+    (bad.data / "catalog").mkdir(parents=True)
+    (bad.data / "catalog" / "items.csv").write_text("item_id,title\n")
+    bad.refused(r"no \.parquet file at .*; other files are there, such as 'items\.csv'")
+
+
+def test_a_file_that_is_no_parquet(bad):
+    bad.write()
+    (bad.data / "catalog" / "part-00001.parquet").write_text("item_id,title\n1,2\n" * 10)
+    bad.refused(r"part-00001\.parquet is not a readable Parquet file \(180 bytes\)")
+
+
+def test_a_file_of_zero_bytes(bad_events):
+    bad_events.write()
+    (bad_events.data / "events" / "part-00001.parquet").touch()
+    bad_events.refused(r"part-00001\.parquet has 0 bytes, so it is no Parquet file", published=["catalog"])
+
+
+@pytest.mark.parametrize(
+    ("section", "changed", "message", "published"),
+    [
+        ("catalog", {"item_id": "item"}, r"no column 'item', which catalog\.item_id names; did you mean 'item_id'\?", ()),
+        ("catalog", {"text": ["titel"]}, r"no column 'titel', which catalog\.text\[0\] names; did you mean 'title'\?", ()),
+        ("events", {"user_id": "userid"}, r"no column 'userid', which events\.user_id names; did you mean 'user_id'\?", ["catalog"]),
+        ("events", {"timestamp": "time"}, r"no column 'time', which events\.timestamp names; did you mean 'timestamp'\?", ["catalog"]),
+    ],
+    ids=["item id", "text", "user id", "timestamp"],
+)  # fmt: skip
+def test_a_missing_column_names_the_nearest_one(section, changed, message, published, request):
+    night = request.getfixturevalue("bad_events" if section == "events" else "bad")
+    night.write().refused(message, published=published, **{section: changed})
+
+
+def test_an_item_id_that_comes_twice(bad):
+    twice = replaced(CATALOG, "item_id", [*ITEMS[:18], "i3", "i3"])
+    bad.write(catalog=twice).refused(
+        r"2 rows of .*catalog repeat an item id of another row, among them i3; item ids must be unique"
+    )
+
+
+def test_an_item_without_an_id(bad):
+    bad.write(catalog=replaced(CATALOG, "item_id", [*ITEMS[:19], None])).refused(
+        r"1 of 20 rows .* have a null 'item_id'; every item needs an id"
+    )
+
+
+def test_an_id_that_is_a_float(bad):
+    bad.write(catalog=replaced(CATALOG, "item_id", np.arange(20.0))).refused(
+        r"'item_id' of .*catalog is double; an id must be string, large_string or int64"
+    )
+
+
+def test_item_ids_of_another_type_than_the_catalogs(bad_events):
+    numbers = replaced(EVENTS, "item_id", [n % 20 for n in range(40)], pa.int64())
+    bad_events.write(events=numbers).refused(
+        r"item ids are int64 in the events .*'item_id', 40 rows\) but string in the catalog; no event could be matched",
+        published=["catalog"],
+    )
+
+
+def test_two_kinds_of_strings_are_one_type(bad_events):
+    large = EVENTS.set_column(1, "item_id", EVENTS.column("item_id").cast(pa.large_string()))
+    night = bad_events.write(events=large).run("sequences")
+    assert night["events"].metadata["unknown"] == 0
+    assert sum(map(len, night.rows("sequences", "shard-").column("history").to_pylist())) == 40
+
+
+def test_too_many_items_without_text(bad):
+    empty = replaced(CATALOG, "title", [None, "", " ", "&nbsp;", None] + ["t"] * 15)
+    bad.write(catalog=empty).refused(
+        r"5 of 20 items of .* have no text in title; at most 20% may \(catalog\.max_empty_text_share\)"
+    )
+
+
+def test_items_without_text_up_to_the_share_stay_in_the_catalog(bad):
+    few = replaced(CATALOG, "title", [None, "", " ", "&nbsp;"] + ["t"] * 16)
+    night = bad.write(catalog=few).run("catalog")
+    assert night["catalog"].metadata["empty_text"] == 4
+    assert night.rows("catalog").num_rows == 20
+
+
+def test_no_item_available(bad):
+    none = CATALOG.append_column("stock", pa.array([False] * 19 + [None]))
+    bad.write(catalog=none).refused(
+        r"none of the 20 items of .* is available \(stock is never true\)", catalog={"available": "stock"}
+    )
+
+
+def test_unknown_items_are_counted_up_to_the_share(bad_events):
+    two = replaced(EVENTS, "item_id", ["gone-1", "gone-2", *EVENTS.column("item_id").to_pylist()[2:]])
+    night = bad_events.write(events=two).run()
+    assert night["events"].metadata["unknown"] == 2
+
+
+def test_too_many_unknown_items(bad_events):
+    three = replaced(EVENTS, "item_id", ["x", "y", "z", *EVENTS.column("item_id").to_pylist()[3:]])
+    bad_events.write(events=three).refused(
+        r"3 of 40 events of .* name items that are not in the catalog, for example x, y, z; at most 5\.0% may",
+        published=["catalog"],
+    )
+
+
+def test_too_many_nulls(bad_events):
+    nulls = replaced(EVENTS, "user_id", [None, *EVENTS.column("user_id").to_pylist()[1:]])
+    bad_events.write(events=nulls).refused(
+        r"1 of 40 events of .* have a null in 'user_id', 'item_id' or 'timestamp'; at most 1\.0% may",
+        published=["catalog"],
+    )
+
+
+def test_an_integer_timestamp_of_undeclared_or_implausible_unit(bad_events):
+    milliseconds = replaced(EVENTS, "timestamp", [1_790_000_000_000 + n for n in range(40)])
+    bad_events.write(events=milliseconds)
+    bad_events.refused(
+        r"'timestamp' of .* is int64, and its unit is not declared; set events\.timestamp_unit",
+        published=["catalog"],
+    )
+    bad_events.refused(
+        r"run from 1790000000000 to 1790000000039, which in unit 's' is not between 1990 and 2100",
+        published=["catalog"],
+        events={"timestamp_unit": "s"},
+    )
+    night = bad_events.run(events={"timestamp_unit": "ms"})
+    assert night["events"].metadata["timestamp_unit"] == "ms"
+
+
+def test_no_event_of_the_wanted_kind(bad_events):
+    kinds = EVENTS.append_column("kind", pa.array(["view"] * 40))
+    bad_events.write(events=kinds).refused(
+        r"none of the 40 rows of .* is of a kind in events\.event_types \['buy'\] \(column 'kind'\)",
+        published=["catalog"],
+        events={"event_type": "kind", "event_types": ["buy"]},
+    )
+
+
+def test_vectors_that_are_not_numbers_or_not_there(bad):
+    def vectors(rows):
+        return CATALOG.append_column("v", pa.array(rows, pa.list_(pa.float32(), 2)))
+
+    chosen = {"catalog": {"vector": "v", "num_shards": 1}, "embeddings": {"encoder": "catalog"}}
+    bad.write(catalog=vectors([[float("nan")] * 2] * 20)).refused(
+        r"20 embeddings are not finite, those of items i0, i1, .* among them \(encoder catalog\); fix the vectors",
+        until="embeddings",
+        published=["catalog", "events"],
+        **chosen,
+    )
+    other = BadNight(bad.data.parent / "other")
+    other.write(catalog=vectors([None] + [[1.0, 2.0]] * 19)).refused(
+        r"1 of 20 items of catalog file .* have no vector \(catalog\.vector\)",
+        until="embeddings",
+        published=["catalog", "events"],
+        **chosen,
+    )
+
+
+def test_a_vector_column_of_changing_length(bad):
+    ragged = CATALOG.append_column("v", pa.array([[1.0, 2.0]] * 20, pa.list_(pa.float32())))
+    bad.write(catalog=ragged).refused(
+        r"'v' of .* is list<.*>; catalog\.vector must be FixedSizeList<float>", catalog={"vector": "v"}
+    )
+
+
+def test_no_user_with_two_events_to_train_on(bad_events):
+    once = pa.table({"user_id": ITEMS, "item_id": ITEMS, "timestamp": EVENTS.column("timestamp")[:20]})
+    bad_events.write(events=once).refused(
+        r"no training example: none of 20 users has two events that training may see",
+        until="model",
+        published=["catalog", "events", "embeddings", "quantizer", "semantic_ids", "sequences"],
+        training={"max_failures": 0},
+    )
+
+
+def test_a_root_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="file"):
+        Storage(str(tmp_path / "file" / "root")).check()
+
+
+def test_a_bucket_that_does_not_exist(s3_endpoint):
+    with pytest.raises(
+        StorageError, match=r"Bucket no-such-bucket-here does not exist at 127\.0\.0\.1:\d+: create it"
+    ):
+        Storage("s3://no-such-bucket-here/prefix").check()
+
+
+@pytest.fixture(scope="module")
+def job_data(tmp_path_factory):
+    night = BadNight(tmp_path_factory.mktemp("job"))
+    night.write()
+    return night.data
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--trainning.num_steps", "3"], 2, "SettingsError: unknown setting --trainning.num_steps; did you mean training.num_steps?"),
+        (["--training.num_steps", "many"], 2, "training.num_steps: Input should be a valid integer"),
+        (["--date", "yesterday"], 2, "date must be a day like 2026-11-23, not 'yesterday'"),
+        (["--storage.root", "ftp://host/root"], 2, "SettingsError: ftp:// is not supported: use a folder or s3://bucket/prefix"),
+        (["--embeddings.encoder", "sentence-transformers"], 2, "set embeddings.revision to a commit"),
+        (["--catalog.item_id", "item"], 3, "DataError: "),
+        (["--storage.root", "s3://no-such-bucket-here/p"], 6, "StorageError: "),
+    ],
+    ids=["unknown setting", "wrong type", "wrong date", "unknown store", "unpinned model", "missing column", "missing bucket"],
+)  # fmt: skip
+def test_a_job_ends_with_one_message_and_its_exit_code(words, code, message, job_data, tmp_path, s3_endpoint):
+    root = tmp_path / "root"
+    command = [
+        sys.executable, "jobs/nightly.py", "--date", MONDAY,
+        "--storage.root", str(root), "--catalog.uri", f"{job_data}/catalog", "--events.uri", f"{job_data}/events",
+        *words,
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=REPO, capture_output=True, text=True, env={**os.environ, "RAY_AUTH_MODE": "disabled"}
+    )
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(root.glob("*/date=*"))
+
+
+def test_columns_nobody_asked_for_may_differ_and_a_folder_is_no_column(bad):
+    for folder, table in {
+        "title=x": pa.table({"item_id": ["i20"], "title": ["Another"], "price": pa.array([1], pa.int64())}),
+        "title=y": pa.table({"price": ["cheap"], "title": ["More"], "item_id": ["i21"]}),
+        "": CATALOG,
+    }.items():
+        write(f"{bad.data}/catalog/{folder}", table)
+    night = bad.run("catalog")
+    titles = {row["item_id"]: row["title"] for row in night.rows("catalog").to_pylist()}
+    assert len(titles) == 22
+    assert (titles["i20"], titles["i21"], titles["i0"]) == ("Another", "More", "Title 0")
