@@ -156,7 +156,8 @@ class Scorer:
         """The k most popular eligible items, (K,), and the natural log of their share of the events, (K,)."""
         count = self.popular.column(counted).to_numpy()
         item_index = self.popular.column("item_index").to_numpy().astype(np.int64)
-        order = np.argsort(-count, kind="stable")
+        # Ties go by index: the file's own order counts events that the evaluation must not see.
+        order = np.lexsort((item_index, -count))
         order = order[self.ids.eligible_N[item_index[order]] & (count[order] > 0)][:k]
         return item_index[order], np.log(count[order] / max(int(count.sum()), 1)).astype(np.float32)
 
