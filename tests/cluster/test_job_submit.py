@@ -1,5 +1,6 @@
 """`ray job submit` on two nodes that share nothing but an S3 server."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -47,7 +48,9 @@ def two_nodes(s3_endpoint: str) -> Iterator[TwoNodes]:
         pytest.skip("needs `unshare --mount`, without which both nodes would see one file system")
     port, dashboard_port, client = free_ports(3)
     address, dashboard = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}"
-    environment = {"RAY_ADDRESS": address}
+    # The entrypoint says `python`: it must be the one that runs this test, activated or not.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {"RAY_ADDRESS": address, "PATH": path}
     with ExitStack() as stack:
         head, worker = (
             Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)))
