@@ -450,6 +450,8 @@ def _train_worker(config: dict[str, Any]) -> None:
             f"no training example: none of {len(examples.lengths_U):,} users has two events that training may see "
             f"(training.holdout is {settings.training.holdout!r})"
         )
+    if rank == 0:
+        print(f"training on {len(examples):,} examples, workers: {world_size}", flush=True)
     torch.manual_seed(settings.seed)
     model = TigerModel(settings.model, vocabulary).to(device)
     optimizer = make_optimizer(model, settings.training)
