@@ -4,7 +4,7 @@ BIN := .venv/bin
 DATE ?= 2026-11-23
 export RAY_AUTH_MODE ?= disabled
 
-.PHONY: demo test unit lint clean
+.PHONY: demo test test-cluster test-rest unit lint clean
 
 demo: demo/data/plant.json
 	$(BIN)/python jobs/nightly.py --config jobs/demo.yaml --date $(DATE)
@@ -12,8 +12,15 @@ demo: demo/data/plant.json
 demo/data/plant.json: .venv/base
 	$(BIN)/python jobs/synthesize.py --out demo/data --items 800 --users 4000 --seed 7
 
+# Two halves side by side: each waits for processes to start more than it computes.
 test: lint
-	$(BIN)/python -m pytest
+	$(MAKE) --no-print-directory --output-sync=target -j2 test-cluster test-rest
+
+test-cluster: .venv/test
+	$(BIN)/python -m pytest tests/cluster tests/docs
+
+test-rest: .venv/test
+	$(BIN)/python -m pytest tests/unit tests/pipeline
 
 unit: .venv/test
 	$(BIN)/python -m pytest tests/unit

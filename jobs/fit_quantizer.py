@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def main(settings: Settings, storage: Storage) -> None:
-    from tiger_ray import registry
+    from tiger_ray import fitting
 
-    registry.fit_quantizer(settings, storage, storage.resolve("embeddings", settings.date))
+    fitting.fit_quantizer(settings, storage, storage.resolve("embeddings", settings.date))
 
 
 if __name__ == "__main__":

@@ -20,12 +20,22 @@ if TYPE_CHECKING:
 
 
 def main(settings: Settings, storage: Storage) -> None:
-    from tiger_ray import catalog, embeddings, events, recommendations, registry, report, sequences, training
+    from tiger_ray import (
+        catalog,
+        embeddings,
+        events,
+        fitting,
+        recommendations,
+        registry,
+        report,
+        sequences,
+        training,
+    )
 
     items = catalog.run(settings, storage).manifest
     checked = events.run(settings, storage, items).manifest
     vectors = embeddings.run(settings, storage, items).manifest
-    quantizer = registry.fit_quantizer(settings, storage, vectors).manifest
+    quantizer = fitting.fit_quantizer(settings, storage, vectors).manifest
     ids = registry.assign_semantic_ids(settings, storage, items, vectors, quantizer).manifest
     histories = sequences.run(settings, storage, checked, ids).manifest
     model = training.run(settings, storage, histories, ids).manifest

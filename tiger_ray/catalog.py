@@ -21,7 +21,8 @@ import ray
 from tiger_ray import schemas
 from tiger_ray.config import CatalogSettings, Settings
 from tiger_ray.errors import DataError
-from tiger_ray.shards import shard_name, stable_hash, write_partitions
+from tiger_ray.hashing import shard_of, stable_hash
+from tiger_ray.shards import shard_name, write_partitions
 from tiger_ray.stage import Computed, StageResult, run_stage
 from tiger_ray.storage import FileEntry, Run, Storage
 from tiger_ray.stores import InputFile, input_filesystem, list_inputs
@@ -194,7 +195,7 @@ def clean_rows(
         columns["vector"] = batch.column(settings.vector)
     schema = schemas.catalog(item_id_type, vector_type)
     table = pa.table({name: columns[name] for name in schema.names}).cast(schema)
-    shard = (stable_hash(item_id) % settings.num_shards).astype(np.int32)
+    shard = shard_of(stable_hash(item_id), settings.num_shards)
     return table.append_column("shard", pa.array(shard))
 
 

@@ -11,6 +11,7 @@ Two kinds of settings: most decide what is computed, and are part of a stage's f
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+LevelSize = Annotated[int, Field(ge=1, le=32767)]  # codes are int16
 
 
 def operational(default: Any) -> Any:
@@ -154,24 +156,28 @@ class EmbeddingsSettings(Section):
 class QuantizerSettings(Section):
     """Embeddings to codewords. A change here starts a new ID space and needs a new model."""
 
-    kind: Literal["residual_kmeans", "rqvae"] = "residual_kmeans"
-    """How codewords are learned."""
-    num_levels: Annotated[int, Field(ge=1, le=8)] = 3
-    """Learned levels L; the stored Semantic ID is one longer."""
-    codebook_size: Annotated[int, Field(ge=2, le=32767)] = 256
-    """Codewords per level C."""
-    sample_size: Count = 262_144
-    """Items the codebooks are learned from; all items are encoded. 1,024 per codeword is plenty for k-means."""
+    kind: Literal["rqvae", "residual_kmeans", "lsh", "random", "flat"] = "residual_kmeans"
+    """How codewords are made. `lsh` (hyperplanes), `random` (hash of the item id) and `flat` (no codewords:
+    each item is one token) are the controls of the paper; they learn nothing."""
+    level_sizes: Annotated[tuple[LevelSize, ...], Field(min_length=1, max_length=8)] = (256, 256, 256)
+    """Codewords of each learned level; the stored Semantic ID is one longer. Not read by `flat`."""
+    sample_size: Count | None = 262_144
+    """Items the codebooks are learned from, about so many; all items are encoded. 1,024 per codeword is plenty
+    for k-means. Empty: all."""
+    validation_share: Share = 0.05
+    """Share of the items that the codebooks are not learned from: they tell when `rqvae` is done, and how
+    well items nobody has seen will fit."""
     num_iterations: Count = 30
     """Lloyd steps per level (`residual_kmeans`)."""
     latent_dim: Count = 32
-    """Width of the latent space (`rqvae`)."""
+    """Width of the space that codewords live in: the encoder's output (`rqvae`), or so many principal components
+    (`residual_kmeans`). Fewer of them make more items unique and keep less of the content."""
     hidden_dims: tuple[Count, ...] = (512, 256, 128)
     """Widths of the encoder's hidden layers, mirrored in the decoder (`rqvae`)."""
     num_epochs: Count = 1000
-    """Passes over the sample (`rqvae`)."""
+    """Passes over the sample, at most (`rqvae`)."""
     batch_size: Count = 1024
-    """Items per step (`rqvae`)."""
+    """Items per step, over all workers (`rqvae`)."""
     learning_rate: Positive = 1e-3
     """AdamW step size (`rqvae`)."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
@@ -180,17 +186,43 @@ class QuantizerSettings(Section):
     """Weight of the commitment loss, beta in the paper (`rqvae`)."""
     version: Count = 1
     """Raise by one to fit a new quantizer on today's catalog; otherwise the published one is kept for good."""
+    num_workers: Count = operational(1)
+    """Workers that fit together, each with its share of the items."""
     use_gpu: bool = operational(False)
-    """Fit on a GPU."""
-    cpus: Positive = operational(1)
-    """CPUs reserved while fitting."""
+    """One GPU per worker, NCCL; otherwise CPU and gloo."""
+    cpus_per_worker: Positive = operational(1)
+    """CPUs, and torch threads, of each worker."""
+    memory_mb_per_worker: Count = operational(2048)
+    """MiB of embeddings that a worker keeps; what is beyond is read from storage again on each pass."""
+    max_failures: CountOrZero = operational(3)
+    """Worker deaths survived by starting the fit again."""
+
+    @model_validator(mode="after")
+    def _levels_fit(self) -> QuantizerSettings:
+        if math.prod(self.level_sizes) >= 2**62:
+            raise ValueError(
+                f"quantizer.level_sizes {self.level_sizes} span more than 2^62 codes; use fewer or smaller levels"
+            )
+        if self.kind == "lsh" and any(size & (size - 1) for size in self.level_sizes):
+            raise ValueError(
+                f"quantizer.level_sizes {self.level_sizes} must be powers of two for lsh: one bit per hyperplane"
+            )
+        return self
 
 
 class SemanticIdsSettings(Section):
-    """Codewords to unique Semantic IDs, in an append-only registry."""
+    """Codewords to unique Semantic IDs, in an append-only registry, judged before anything is trained on them."""
 
-    disambiguator_size: Annotated[int, Field(ge=1, le=32767)] = 256
+    disambiguator_size: LevelSize = 256
     """Items that may share all codewords; the last codeword of a Semantic ID counts them."""
+    min_usage: Share = operational(0.5)
+    """Stop the night if a level uses a smaller share of its codewords: the codebook has collapsed."""
+    min_perplexity: Share = operational(0.1)
+    """Stop the night if the perplexity of a level, as a share of its size, is lower: few codewords hold most items."""
+    max_disambiguated_share: Share = operational(0.5)
+    """Stop the night if more than this share of the items shares all codewords with an earlier item."""
+    report_sample_size: Count = 65_536
+    """Items that reconstruction error, category purity and coverage are measured on, about so many."""
 
 
 class SequencesSettings(Section):

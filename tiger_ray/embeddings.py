@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 from tiger_ray import schemas
 from tiger_ray.config import EmbeddingsSettings, Settings
 from tiger_ray.errors import ArtifactError, DataError, SettingsError
-from tiger_ray.shards import map_shards, stable_hash
+from tiger_ray.hashing import stable_hash
+from tiger_ray.shards import map_shards
 from tiger_ray.stage import Computed, StageResult, run_stage
 from tiger_ray.storage import FileEntry, Manifest, Run, Storage, fingerprint
 
@@ -192,7 +193,7 @@ class _EmbedShard:
         else:
             text_hash = stable_hash(items.column("text"))
             embedding, encoded = self._encode_changed(items, item_id, text_hash, shard)
-        self._refuse_bad_rows(embedding, item_id)
+        self._refuse_bad_rows(embedding, items)
         dim = embedding.shape[1]
         table = pa.table(
             [
@@ -232,14 +233,21 @@ class _EmbedShard:
         table = self._storage.read_table(self._previous, shard.name)
         return table if table.num_rows else None
 
-    def _refuse_bad_rows(self, embedding: np.ndarray, item_id: pa.Array) -> None:
-        bad = np.flatnonzero(~np.isfinite(embedding).all(axis=1))
-        if len(bad):
-            names = ", ".join(str(i) for i in item_id.take(pa.array(bad[:10])).to_pylist())
-            raise DataError(
-                f"{len(bad):,} embeddings are not finite, those of items {names} among them "
-                f"(encoder {self._settings.encoder}); fix the vectors, or the encoder"
-            )
+    def _refuse_bad_rows(self, embedding: np.ndarray, items: pa.Table) -> None:
+        is_constant = (embedding == embedding[:, :1]).all(axis=1)
+        if "text" in items.column_names:
+            # An item without text has nothing to say, and the catalog bounds the share of those.
+            is_constant &= pc.not_equal(items.column("text"), "").to_numpy()
+        for bad, what in (
+            (~np.isfinite(embedding).all(axis=1), "not finite"),
+            (is_constant, "the same number in every dimension, which tells nothing"),
+        ):
+            if bad.any():
+                first = items.column("item_id").take(pa.array(np.flatnonzero(bad)[:10])).to_pylist()
+                raise DataError(
+                    f"{bad.sum():,} embeddings are {what}, those of items {', '.join(map(str, first))} among "
+                    f"them (encoder {self._settings.encoder}); fix the vectors, or the encoder"
+                )
 
 
 def _as_matrix(column: pa.ChunkedArray, shard: str) -> np.ndarray:

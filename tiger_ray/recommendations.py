@@ -20,6 +20,7 @@ from tiger_ray import evaluation, schemas
 from tiger_ray.beam_search import Decoder, ranges
 from tiger_ray.config import Settings
 from tiger_ray.errors import ArtifactError, DataError, QualityError
+from tiger_ray.hashing import mixed
 from tiger_ray.registry import load_semantic_ids
 from tiger_ray.sequences import HELD_OUT, user_shards
 from tiger_ray.shards import map_shards
@@ -375,8 +376,8 @@ class _EvaluateShard:
         users = self._storage.read_table(self._inputs["sequences"], shard.name).combine_chunks()
         item_index, lengths_B = _histories(users)
         user_hash_B = users.column("user_hash").to_numpy()
-        # The upper bits: user buckets and shards are the hash modulo small numbers.
-        sampled_B = (user_hash_B >> np.uint64(32)) < np.uint64(int(self._share * 2**32))
+        # Mixed, because shards and user buckets follow from the hash itself.
+        sampled_B = (mixed(user_hash_B) >> np.uint64(32)) < np.uint64(int(self._share * 2**32))
         kept_B = (lengths_B > HELD_OUT) & sampled_B
         hidden = 1 if settings.split == "test" else 2
         first_B = (np.cumsum(lengths_B) - lengths_B)[kept_B]

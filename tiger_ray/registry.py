@@ -1,92 +1,91 @@
-"""Embeddings -> Semantic IDs of the whole catalog: fit the quantizer once, then append to the registry.
+"""Embeddings -> Semantic IDs of the whole catalog, in an append-only registry.
 
-The quantizer is frozen: it is fitted on the first night and kept until `quantizer.version` is raised (or
-another quantizer setting changes), which starts a new ID space. Every later night only quantizes the items
-that are new, and an item keeps its Semantic ID for good, also while it is gone from the catalog.
+Every night quantizes only the items that are new, with the same frozen quantizer; an item keeps its Semantic
+ID for good, also while it is gone from the catalog.
 
-Artifact `semantic_ids`: `segment-*.parquet` (item_index, item_id, codes), one per append, never rewritten;
-`eligible.parquet`, one boolean per item_index: may it be recommended tonight; `report.json`.
+Artifact `semantic_ids`: `segment-*-shard-*.parquet` (item_index, item_id, codes), one set per append, never
+rewritten; `counts.json`, items per code; `eligible.parquet`, one boolean per item_index: may it be
+recommended tonight; `report.json`. The chain of appends has a head, moved by compare-and-swap, so that two
+nights that append at the same time come one after the other.
+
+No process sees the whole catalog but as counts and one bit per item. Catalog, embeddings and segments are
+sharded by the same hash, so each shard meets only its own part of the registry; only 12 bytes per new item
+cross the network, to bring items of equal codewords together.
+
+M new items, N items before them, L levels, D embedding width.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from tiger_ray import quantizers, semantic_ids
-from tiger_ray.config import QuantizerSettings, Settings
-from tiger_ray.errors import ArtifactError
+from tiger_ray import semantic_ids
+from tiger_ray.config import Settings
+from tiger_ray.errors import PublishError
+from tiger_ray.faults import crash_point
+from tiger_ray.schemas import matrix_of
 from tiger_ray.semantic_ids import SemanticIds
-from tiger_ray.shards import plain_errors, stable_hash
+from tiger_ray.shards import map_numbers, plain_errors, shard_number, write_partitions
 from tiger_ray.stage import Computed, StageResult, run_stage
 from tiger_ray.storage import FileEntry, Manifest, Run, Storage
 
-QUANTIZER_FILES = ("quantizer.safetensors", "quantizer.json")
+ROWS_PER_PARTITION = 2_000_000
+"""New items that are compared with each other in one place: 24 MB."""
 
-
-def fit_quantizer(settings: Settings, storage: Storage, embeddings: Manifest) -> StageResult:
-    """Publish the artifact `quantizer`, unless one with these settings exists already.
-
-    The embeddings are not part of its fingerprint: new items must not move old ones.
-    """
-    return run_stage(
-        storage,
-        settings,
-        "quantizer",
-        inputs={},
-        sections={"quantizer": settings.quantizer},
-        source={"encoder": embeddings.metadata["encoder"], "dim": embeddings.metadata["dim"]},
-        compute=lambda run: _fit(run, settings, storage, embeddings),
-    )
+MAX_LOST_RACES = 10
 
 
 def assign_semantic_ids(
     settings: Settings, storage: Storage, catalog: Manifest, embeddings: Manifest, quantizer: Manifest
 ) -> StageResult:
-    """Publish the artifact `semantic_ids`: the last registry of this ID space plus tonight's new items.
+    """Publish the artifact `semantic_ids`: the registry of this ID space, with tonight's new items appended.
 
     Raises:
         CollisionError: more items share codewords than `semantic_ids.disambiguator_size`.
+        QualityError: the IDs cannot tell items apart, by the thresholds of section `semantic_ids`.
     """
     inputs = {"catalog": catalog, "embeddings": embeddings, "quantizer": quantizer}
-    last = _last_registry(storage, quantizer)
-    if last is not None and all(last.inputs[name] == manifest.digest for name, manifest in inputs.items()):
-        # The last registry already answers these inputs: its own predecessor gives the same fingerprint again.
-        before = last.metadata["appended_to"]
-    else:
-        before = last.digest if last is not None else None
+    digests = {name: manifest.digest for name, manifest in inputs.items()}
+    space = _space(quantizer, settings)
+    head = storage.head("semantic_ids", space)
+    answered = [storage.published("semantic_ids", settings.date), head]
+    # What answers these inputs already keeps its fingerprint, whatever was appended since.
+    same = [link for link in answered if link is not None and link.inputs == digests]
+    before = same[0].metadata["appended_to"] if same else head.digest if head is not None else None
     return run_stage(
         storage,
         settings,
         "semantic_ids",
         inputs=inputs,
         sections={"semantic_ids": settings.semantic_ids},
-        source={"registry": before},
-        compute=lambda run: _append(run, settings, storage, last, **inputs),
+        source={"registry": before, "space": space},
+        compute=lambda run: _Night(run, settings, storage, space, before, **inputs).compute(),
     )
 
 
-def load_quantizer(storage: Storage, manifest: Manifest) -> quantizers.Quantizer:
-    """The published quantizer, checked."""
-    return quantizers.load({name: storage.read_file(manifest, name) for name in QUANTIZER_FILES})
-
-
 def load_semantic_ids(storage: Storage, manifest: Manifest) -> SemanticIds:
-    """The published registry with tonight's eligibility, checked."""
-    segments = [storage.read_table(manifest, entry.name) for entry in _segments(manifest)]
-    eligible = storage.read_table(manifest, "eligible.parquet").column("eligible").to_numpy()
-    return SemanticIds.from_segments(segments, tuple(manifest.metadata["level_sizes"]), eligible)
+    """The published registry with tonight's eligibility, checked; item ids on disk, memory-mapped."""
+    segments = (storage.read_table(manifest, entry) for entry in _segments(manifest))
+    eligible = storage.read_table(manifest, "eligible.parquet").column("eligible").combine_chunks()
+    level_sizes = tuple(manifest.metadata["level_sizes"])
+    return SemanticIds.from_segments([_memory_mapped(segments)], level_sizes, eligible)
 
 
 def load_item_ids(storage: Storage, manifest: Manifest) -> pa.ChunkedArray:
-    """Item ids in the order of item_index, without the codes."""
-    tables = [storage.read_table(manifest, entry.name, columns=["item_id"]) for entry in _segments(manifest)]
-    return pa.concat_tables(tables).column("item_id")
+    """Item ids in the order of item_index, without the codes; on disk, memory-mapped."""
+    entries = _segments(manifest)
+    tables = (storage.read_table(manifest, entry, columns=["item_id"]) for entry in entries)
+    return _memory_mapped(tables).column("item_id")
 
 
 def id_space(manifest: Manifest) -> str:
@@ -101,165 +100,440 @@ def registry_of(manifest: Manifest) -> Manifest:
     return manifest.model_copy(update={"files": tuple(_segments(manifest)), "metadata": metadata})
 
 
-def _fit(run: Run, settings: Settings, storage: Storage, embeddings: Manifest) -> Computed:
-    fit = ray.remote(_fit_on_worker).options(
-        num_cpus=0 if settings.quantizer.use_gpu else settings.quantizer.cpus,
-        num_gpus=1 if settings.quantizer.use_gpu else 0,
+# The registry
+
+
+@dataclass(frozen=True)
+class _Night:
+    """The stage `semantic_ids` of one night."""
+
+    run: Run
+    settings: Settings
+    storage: Storage
+    space: str
+    before: str | None
+    """Digest of the head that the night began with."""
+    catalog: Manifest
+    embeddings: Manifest
+    quantizer: Manifest
+
+    @property
+    def level_sizes(self) -> tuple[int, ...]:
+        return _level_sizes(self.quantizer, self.settings)
+
+    @property
+    def num_shards(self) -> int:
+        return int(self.catalog.settings["catalog"]["num_shards"])
+
+    def compute(self) -> Computed:
+        """Append what is new, unless another night appends first: then look again what is new."""
+        for _ in range(MAX_LOST_RACES):
+            head = self.storage.head("semantic_ids", self.space)
+            self._require_type(head)
+            link = self._append(head)
+            if link is head or self.storage.move_head(self.space, head, link):
+                crash_point("semantic_ids.appended")
+                return self._publishable(link)
+        raise PublishError(
+            f"other nights appended to registry {self.space} {MAX_LOST_RACES} times while this one tried; "
+            "nothing was changed. Run it again"
+        )
+
+    def _append(self, head: Manifest | None) -> Manifest:
+        """The head with tonight's new items behind it; the head itself if there are none."""
+        number = 0 if head is None else 1 + max(int(entry.facts["segment"]) for entry in _segments(head))
+        encode = _EncodeNewItems(
+            self.run,
+            self.storage,
+            self.embeddings,
+            self.quantizer,
+            head,
+            self.num_shards,
+            number,
+            self.run.finished(),
+        )
+        with plain_errors():
+            encoded = ray.get(map_numbers(len(self.embeddings.files), encode))
+        crash_point("semantic_ids.encoded")
+        new_items = sum(entry.rows for entry in encoded)
+        if head is not None and not new_items:
+            return head
+        items = 0 if head is None else int(head.metadata["items"])
+        firsts = items + np.cumsum([0, *(entry.rows for entry in encoded)])[:-1]
+        shards = [
+            _NewShard(entry, shard_number(source), int(first))
+            for entry, source, first in zip(encoded, self.embeddings.files, firsts, strict=True)
+        ]
+        segment = self._disambiguate(head, number, items, shards)
+        count = ray.remote(_report_on_worker)
+        with plain_errors():
+            counts, report = ray.get(count.remote(self, head, segment))
+        for line in describe(report):
+            print(f"semantic_ids: {line}", flush=True)
+        semantic_ids.require_quality(report, self.settings.semantic_ids)
+        files = [
+            *(_segments(head) if head is not None else []),
+            *segment,
+            self.run.write_file("counts.json", json.dumps(counts).encode()),
+            self.run.write_file("report.json", json.dumps(report, indent=2).encode()),
+        ]
+        return self.run.as_manifest(
+            files,
+            inputs=self._digests(),
+            metadata={
+                "items": items + new_items,
+                "new_items": new_items,
+                "disambiguated_share": report["disambiguated_share"],
+                "level_sizes": list(self.level_sizes),
+                "space": self.space,
+                "item_id_type": self.catalog.metadata["id_type"],
+                "appended_to": self.before,
+            },
+        )
+
+    def _disambiguate(
+        self, head: Manifest | None, number: int, items: int, shards: list[_NewShard]
+    ) -> list[FileEntry]:
+        """Bring items of equal codewords together, number them, and write the next segment."""
+        prefixes = map_numbers(len(shards), _NewPrefixes(self.run, shards))
+        rows = sum(shard.entry.rows for shard in shards)
+        if head is not None:
+            touched = ray.remote(_touched_prefixes).remote(self.run, shards)
+            old = _OldPrefixes(self.storage, head, self.level_sizes, touched)
+            prefixes += map_numbers(len(_segments(head)), old)
+        starts = [shard.first for shard in shards]
+        dataset = ray.data.from_arrow_refs(prefixes)
+        numbered = dataset.repartition(-(-rows // ROWS_PER_PARTITION) or 1, keys=["prefix"]).map_batches(
+            _number_groups,
+            fn_args=(items, starts, self.level_sizes),
+            batch_size=None,
+            batch_format="pyarrow",
+        )
+        # One row per shard that means nothing, so that a shard without any repeated prefix is written too.
+        nothing = np.full(len(shards), -1)
+        everyone = ray.data.from_arrow(_numbers(np.arange(len(shards)), nothing, nothing))
+        return write_partitions(
+            numbered.union(everyone),
+            _WriteSegment(self.run, shards, number, self.num_shards, self.level_sizes),
+            num_shards=len(shards),
+        )
+
+    def _publishable(self, link: Manifest) -> Computed:
+        """Everything the night publishes, once its items are in the chain."""
+        segments = _segments(link)
+        bits = map_numbers(len(segments), _Eligible(self.storage, link, self.catalog, self.num_shards))
+        write = ray.remote(_write_eligible)
+        with plain_errors():
+            entry, eligible = ray.get(write.remote(self.run, segments, bits))
+        ours = link.run_id == self.run.run_id
+        new_items = link.metadata["new_items"] if ours else 0
+        share = link.metadata["disambiguated_share"]
+        return [*link.files, entry], {
+            **link.metadata,
+            "summary": f"{link.metadata['items']:,} items, {new_items:,} new, {share:.1%} need the disambiguator",
+            "new_items": new_items,
+            "eligible": eligible,
+            "appended_to": self.before,
+        }
+
+    def _digests(self) -> dict[str, str]:
+        inputs = {"catalog": self.catalog, "embeddings": self.embeddings, "quantizer": self.quantizer}
+        return {name: manifest.digest for name, manifest in inputs.items()}
+
+    def _require_type(self, head: Manifest | None) -> None:
+        found = self.catalog.metadata["id_type"]
+        if head is not None and found != head.metadata["item_id_type"]:
+            raise semantic_ids.type_error(found, head.metadata["item_id_type"])
+
+
+@dataclass(frozen=True)
+class _NewShard:
+    """New items of one shard: item_id and prefix, in the order in which they are registered."""
+
+    entry: FileEntry
+    number: int
+    first: int
+    """item_index of its first item."""
+
+    def prefixes(self, run: Run) -> npt.NDArray[np.int64]:
+        return run.read_table(self.entry, columns=["prefix"]).column("prefix").to_numpy()
+
+
+@dataclass(frozen=True)
+class _EncodeNewItems:
+    """Writes ids and prefixes of the items of one shard that the registry does not hold yet."""
+
+    run: Run
+    storage: Storage
+    embeddings: Manifest
+    quantizer: Manifest
+    head: Manifest | None
+    num_shards: int
+    segment: int
+    finished: dict[str, FileEntry]
+
+    def __call__(self, number: int) -> FileEntry:
+        # Here, because most workers that import this module need no torch, which takes seconds to import.
+        from tiger_ray.fitting import load_quantizer
+
+        shard = self.embeddings.files[number]
+        name = f"new-{self.segment:05d}-{shard.name}"
+        if name in self.finished:
+            return self.finished[name]
+        table = self.storage.read_table(self.embeddings, shard, columns=["item_id", "embedding"])
+        if self.head is not None:
+            for old in _overlapping(self.head, shard_number(shard), self.num_shards):
+                known = self.storage.read_table(self.head, old, columns=["item_id"]).column("item_id")
+                table = table.filter(pc.invert(pc.is_in(table.column("item_id"), value_set=known)))
+        table = table.take(pa.array(semantic_ids.registration_order(table.column("item_id"))))
+        item_id = table.column("item_id").combine_chunks()
+        quantizer = load_quantizer(self.storage, self.quantizer)
+        codewords_ML = quantizer.encode(matrix_of(table.column("embedding")), item_id)
+        prefix_M = semantic_ids.prefixes(codewords_ML, (*quantizer.level_sizes, 1))
+        return self.run.write_table(name, pa.table({"item_id": item_id, "prefix": prefix_M}))
+
+
+@dataclass(frozen=True)
+class _NewPrefixes:
+    run: Run
+    shards: list[_NewShard]
+
+    def __call__(self, number: int) -> pa.Table:
+        shard = self.shards[number]
+        prefix_M = shard.prefixes(self.run)
+        item_index_M = np.arange(shard.first, shard.first + len(prefix_M), dtype=np.int32)
+        return pa.table({"prefix": prefix_M, "item_index": item_index_M})
+
+
+def _touched_prefixes(run: Run, shards: list[_NewShard]) -> npt.NDArray[np.int64]:
+    """Prefixes of all new items, sorted: only old items under one of them matter tonight."""
+    return np.unique(np.concatenate([np.unique(shard.prefixes(run)) for shard in shards]))
+
+
+@dataclass(frozen=True)
+class _OldPrefixes:
+    storage: Storage
+    head: Manifest
+    level_sizes: tuple[int, ...]
+    touched: ray.ObjectRef
+
+    def __call__(self, number: int) -> pa.Table:
+        entry = _segments(self.head)[number]
+        segment = self.storage.read_table(self.head, entry, columns=["item_index", "codes"])
+        codes_NI = semantic_ids.codes_of(segment, self.level_sizes)
+        prefix_N = semantic_ids.prefixes(codes_NI[:, :-1], self.level_sizes)
+        touched = ray.get(self.touched)
+        place_N = np.searchsorted(touched, prefix_N).clip(max=max(len(touched) - 1, 0))
+        kept = np.flatnonzero(touched[place_N] == prefix_N) if len(touched) else np.empty(0, np.int64)
+        return pa.table({"prefix": prefix_N[kept], "item_index": segment["item_index"].to_numpy()[kept]})
+
+
+def _number_groups(block: pa.Table, items: int, starts: list[int], level_sizes: tuple[int, ...]) -> pa.Table:
+    """shard, item_index and disambiguator of the new items that are not the first of their prefix."""
+    prefix = block.column("prefix").to_numpy()
+    item_index = block.column("item_index").to_numpy()
+    disambiguator = semantic_ids.disambiguators(prefix, item_index)
+    new = item_index >= items
+    semantic_ids.require_room(prefix[new], disambiguator[new], level_sizes)
+    told = new & (disambiguator > 0)
+    shard = np.searchsorted(starts, item_index[told], side="right") - 1
+    return _numbers(shard, item_index[told], disambiguator[told])
+
+
+def _numbers(shard: Any, item_index: Any, disambiguator: Any) -> pa.Table:
+    return pa.table(
+        {
+            "shard": shard.astype(np.int32),
+            "item_index": item_index.astype(np.int32),
+            "disambiguator": disambiguator.astype(np.int16),
+        }
     )
-    with plain_errors():
-        entries, metadata = ray.get(fit.remote(run, settings.quantizer, settings.seed, storage, embeddings))
-    return entries, metadata
 
 
-def _fit_on_worker(
-    run: Run, settings: QuantizerSettings, seed: int, storage: Storage, embeddings: Manifest
-) -> Computed:
-    item_id, embedding = sample(storage, embeddings, settings.sample_size)
-    device = "cuda" if settings.use_gpu else "cpu"
-    quantizer = quantizers.fit(settings, embedding, item_id=item_id, seed=seed, device=device)
-    entries = [run.write_file(name, data) for name, data in quantizer.to_files().items()]
-    summary = f"{settings.kind}, {' x '.join(map(str, quantizer.level_sizes))} codewords from {len(embedding):,} items"
-    return entries, {"summary": summary, "level_sizes": list(quantizer.level_sizes), "kind": settings.kind}
+@dataclass(frozen=True)
+class _WriteSegment:
+    """Writes the new items of one shard with their Semantic IDs."""
 
+    run: Run
+    shards: list[_NewShard]
+    segment: int
+    num_shards: int
+    level_sizes: tuple[int, ...]
 
-def sample(storage: Storage, embeddings: Manifest, size: int) -> tuple[pa.Array, np.ndarray]:
-    """About `size` items, always the same ones: those whose id hashes low.
-
-    Returns:
-        item ids, and their embeddings (size, D) float32.
-    """
-    share = min(1.0, size / embeddings.rows)
-    limit = np.uint64(2**64 - 1) if share == 1.0 else np.uint64(int(share * 2**64))
-    ids, vectors = [], []
-    for entry in embeddings.files:
-        table = storage.read_table(embeddings, entry.name, columns=["item_id", "embedding"])
-        table = table.filter(pa.array(stable_hash(table.column("item_id")) <= limit))
-        ids.append(table.column("item_id"))
-        vectors.append(_matrix(table.column("embedding")))
-    item_id = pa.chunked_array([chunk for column in ids for chunk in column.chunks], ids[0].type)
-    return item_id.combine_chunks(), np.concatenate(vectors)
-
-
-def _append(
-    run: Run,
-    settings: Settings,
-    storage: Storage,
-    last: Manifest | None,
-    *,
-    catalog: Manifest,
-    embeddings: Manifest,
-    quantizer: Manifest,
-) -> Computed:
-    codewords = ray.data.range(len(embeddings.files), override_num_blocks=len(embeddings.files)).map_batches(
-        _QuantizeShard,
-        fn_constructor_kwargs={"storage": storage, "embeddings": embeddings, "quantizer": quantizer},
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=len(embeddings.files)),
-        num_cpus=1,
-    )
-    append = ray.remote(_append_on_worker)
-    with plain_errors():
-        return ray.get(
-            append.remote(
-                run, settings, storage, last, catalog, embeddings, quantizer, codewords.to_arrow_refs()
-            )
+    def __call__(self, numbers: pa.Table, place: int) -> FileEntry:
+        shard = self.shards[place]
+        table = self.run.read_table(shard.entry)
+        disambiguator_M = np.zeros(table.num_rows, np.int16)
+        numbers = numbers.filter(pc.field("item_index") >= 0)
+        row = numbers.column("item_index").to_numpy() - shard.first
+        disambiguator_M[row] = numbers.column("disambiguator").to_numpy()
+        codewords_ML = semantic_ids.codewords_of(table.column("prefix").to_numpy(), self.level_sizes)
+        segment = semantic_ids.segment_of(shard.first, table.column("item_id"), codewords_ML, disambiguator_M)
+        return self.run.write_table(
+            f"segment-{self.segment:05d}-shard-{shard.number:05d}.parquet",
+            segment,
+            facts={"segment": self.segment, "shard": shard.number, "shards": self.num_shards},
         )
 
 
-def _append_on_worker(
-    run: Run,
-    settings: Settings,
-    storage: Storage,
-    last: Manifest | None,
-    catalog: Manifest,
-    embeddings: Manifest,
-    quantizer: Manifest,
-    codeword_refs: list[ray.ObjectRef],
-) -> Computed:
-    """Resolve collisions of all new items in one place: 26 bytes or so per item, no Python per item."""
-    table = pa.concat_tables([part for part in ray.get(codeword_refs) if part.num_rows]).combine_chunks()
-    codewords = _matrix(table.column("codewords")).astype(np.int16)
-    registry = load_semantic_ids(storage, last) if last is not None else None
-    disambiguator_size = settings.semantic_ids.disambiguator_size
-    segment = semantic_ids.assign(
-        registry, table.column("item_id").combine_chunks(), codewords, disambiguator_size
+@dataclass(frozen=True)
+class _Eligible:
+    """Which items of one file of the registry are in tonight's catalog, and available: one bit each."""
+
+    storage: Storage
+    head: Manifest
+    catalog: Manifest
+    num_shards: int
+
+    def __call__(self, place: int) -> npt.NDArray[np.uint8]:
+        entry = _segments(self.head)[place]
+        item_id = self.storage.read_table(self.head, entry, columns=["item_id"]).column("item_id")
+        eligible = np.zeros(len(item_id), bool)
+        for shard in self.catalog.files:
+            if _overlap(shard_number(shard), self.num_shards, entry):
+                items = self.storage.read_table(self.catalog, shard, columns=["item_id", "available"])
+                items = items.filter(pc.field("available"))
+                found = pc.is_in(item_id, value_set=items.column("item_id").cast(item_id.type))
+                eligible |= found.to_numpy()
+        return np.packbits(eligible)
+
+
+def _write_eligible(run: Run, segments: list[FileEntry], refs: list[ray.ObjectRef]) -> tuple[FileEntry, int]:
+    bits = zip(ray.get(refs), segments, strict=True)
+    eligible = np.concatenate(
+        [np.unpackbits(packed, count=entry.rows).astype(bool) for packed, entry in bits]
+    )
+    return run.write_table("eligible.parquet", pa.table({"eligible": eligible})), int(eligible.sum())
+
+
+# The report
+
+
+def _report_on_worker(
+    night: _Night, head: Manifest | None, segment: list[FileEntry]
+) -> tuple[list[list[int]], dict[str, Any]]:
+    """Items per code of the whole registry, and the ID report."""
+    run, storage, level_sizes = night.run, night.storage, night.level_sizes
+    counts = [np.zeros(size, np.int64) for size in level_sizes]
+    if head is not None:
+        counts = [np.array(level) for level in json.loads(storage.read_file(head, "counts.json"))]
+    for entry in segment:
+        codes_MI = semantic_ids.codes_of(run.read_table(entry, columns=["codes"]), level_sizes)
+        counts = [
+            before + added
+            for before, added in zip(counts, semantic_ids.count_codes(codes_MI, level_sizes), strict=True)
+        ]
+    sample = _sample_report(night, head, segment)
+    report = {**semantic_ids.id_report(counts), "sample": sample}
+    return [level.tolist() for level in counts], report
+
+
+def _sample_report(night: _Night, head: Manifest | None, segment: list[FileEntry]) -> dict[str, Any]:
+    """On the items of the first shards: a shard is a range of a hash, and so a random part of the catalog."""
+    from tiger_ray.fitting import load_quantizer
+
+    storage, size = night.storage, night.settings.semantic_ids.report_sample_size
+    quantizer = load_quantizer(storage, night.quantizer)
+    parts = list[tuple[Any, ...]]()
+    for shard in night.embeddings.files:
+        embedded = storage.read_table(night.embeddings, shard, columns=["item_id", "embedding"])
+        wanted = size - sum(len(part[0]) for part in parts)
+        embedded = embedded.slice(0, max(wanted, 0))
+        if not embedded.num_rows:
+            break
+        item_id = embedded.column("item_id")
+        codes, learned = _codes_by_id(night, head, segment, shard_number(shard), item_id)
+        items = storage.read_table(night.catalog, shard.name, columns=["item_id", "category"])
+        place = pc.index_in(item_id, value_set=items.column("item_id"))
+        category = items.column("category").take(place)
+        embedding_MD = matrix_of(embedded.column("embedding"))
+        codewords_ML = np.ascontiguousarray(codes[:, :-1])
+        error_M = np.square(quantizer.reconstruct(codewords_ML) - embedding_MD).sum(axis=1)
+        variance_M = np.square(embedding_MD - quantizer.mean_D.numpy()).sum(axis=1)
+        seen_M = learned & quantizer.was_learned_from(embedding_MD)
+        parts.append((codewords_ML, category, error_M, variance_M, seen_M))
+    codewords_ML, error_M, variance_M, seen_M = (
+        np.concatenate([part[column] for part in parts]) for column in (0, 2, 3, 4)
+    )
+    category = pa.chunked_array([chunk for part in parts for chunk in part[1].chunks], pa.string())
+    numbers = pc.fill_null(category.dictionary_encode().combine_chunks().indices, -1).to_numpy()
+    return semantic_ids.sample_report(
+        codewords_ML, night.level_sizes, numbers.astype(np.int64), error_M, float(variance_M.mean()), seen_M
     )
 
-    kept = _segments(last) if last is not None else []
-    segments = [storage.read_table(last, entry.name) for entry in kept] if last is not None else []
-    entries: list[FileEntry] = list(kept)
-    if segment.num_rows:
-        segments.append(segment)
-        entries.append(run.write_table(f"segment-{len(kept):05d}.parquet", segment))
-    level_sizes = (*quantizer.metadata["level_sizes"], disambiguator_size)
-    ids = SemanticIds.from_segments(segments, level_sizes)
-    eligible = _eligible(ids, storage, catalog)
-    entries.append(run.write_table("eligible.parquet", pa.table({"eligible": eligible})))
-    report = semantic_ids.id_report(ids.codes_NI[:, :-1], level_sizes[:-1])
-    entries.append(run.write_file("report.json", json.dumps(report, indent=2).encode()))
-    print(describe(report), flush=True)
-    share = report["disambiguated_share"]
-    return entries, {
-        "summary": f"{len(ids):,} items, {segment.num_rows:,} new, {share:.1%} need the disambiguator",
-        "items": len(ids),
-        "new_items": segment.num_rows,
-        "eligible": int(eligible.sum()),
-        "level_sizes": list(level_sizes),
-        "space": f"{quantizer.digest[:32]}-{'x'.join(map(str, level_sizes))}",
-        "item_id_type": str(ids.item_id.type),
-        "appended_to": last.digest if last is not None else None,
-    }
+
+def _codes_by_id(
+    night: _Night, head: Manifest | None, segment: list[FileEntry], shard: int, item_id: pa.ChunkedArray
+) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.bool_]]:
+    """Semantic IDs of items of one shard, (M, I), and which of them the first append brought, (M,)."""
+    link = night.run.as_manifest([*(_segments(head) if head is not None else []), *segment])
+    codes_MI = np.full((len(item_id), len(night.level_sizes)), -1, np.int16)
+    first_M = np.zeros(len(item_id), bool)
+    for entry in _overlapping(link, shard, night.num_shards):
+        table = night.storage.read_table(link, entry, columns=["item_id", "codes"])
+        place = pc.fill_null(pc.index_in(item_id, value_set=table.column("item_id")), -1).to_numpy()
+        found = place >= 0
+        codes_MI[found] = semantic_ids.codes_of(table, night.level_sizes)[place[found]]
+        first_M[found] = entry.facts["segment"] == 0
+    assert (codes_MI >= 0).all(), "an item of the catalog is not in the registry"
+    return codes_MI, first_M
 
 
-def _eligible(ids: SemanticIds, storage: Storage, catalog: Manifest) -> np.ndarray:
-    """(N,) bool: in tonight's catalog, and available."""
-    eligible = np.zeros(len(ids), bool)
-    for entry in catalog.files:
-        items = storage.read_table(catalog, entry.name, columns=["item_id", "available"])
-        items = items.filter(pc.field("available"))
-        eligible[ids.lookup(items.column("item_id"))] = True
-    return eligible
+def describe(report: dict[str, Any]) -> Iterator[str]:
+    """The ID report in a few lines for the log."""
+    for number, level in enumerate(report["levels"]):
+        yield f"level {number}: {level['used']} of {level['size']} codewords, perplexity {level['perplexity']:.1f}"
+    yield (
+        f"{report['disambiguated_share']:.1%} of {report['items']:,} items need the disambiguator, largest "
+        f"group {report['largest_group']}"
+    )
+    sample = report["sample"]
+
+    def words(values: Iterable[float | None]) -> str:
+        return ", ".join("-" if value is None else f"{value:.1%}" for value in values)
+
+    error = sample["reconstruction_error"]
+    yield f"reconstruction error {words(error.values())} of the variance (items learned from, unseen items)"
+    yield f"category purity by level {words(sample['purity'])}; by chance {words(sample['purity_by_chance'])}"
+    yield f"coverage of {sample['unseen']:,} unseen items by level {words(sample['coverage'])}"
 
 
-def _last_registry(storage: Storage, quantizer: Manifest) -> Manifest | None:
-    """The newest registry, if it is of this quantizer's ID space."""
-    try:
-        last = storage.resolve("semantic_ids")
-    except ArtifactError:
-        return None
-    return last if last.inputs["quantizer"] == quantizer.digest else None
+# Helpers
+
+
+def _space(quantizer: Manifest, settings: Settings) -> str:
+    return f"{quantizer.digest[:32]}-{'x'.join(map(str, _level_sizes(quantizer, settings)))}"
+
+
+def _level_sizes(quantizer: Manifest, settings: Settings) -> tuple[int, ...]:
+    return (*quantizer.metadata["level_sizes"], settings.semantic_ids.disambiguator_size)
 
 
 def _segments(manifest: Manifest) -> list[FileEntry]:
-    return [entry for entry in manifest.files if entry.name.startswith("segment-")]
+    """Files of the registry in the order of item_index."""
+    return sorted(
+        (entry for entry in manifest.files if entry.name.startswith("segment-")), key=lambda entry: entry.name
+    )
 
 
-def _matrix(column: pa.ChunkedArray) -> np.ndarray:
-    values = column.combine_chunks()
-    flat = values.flatten().to_numpy(zero_copy_only=False)
-    return flat.reshape(len(values), values.type.list_size)
+def _overlapping(link: Manifest, shard: int, num_shards: int) -> list[FileEntry]:
+    return [entry for entry in _segments(link) if _overlap(shard, num_shards, entry)]
 
 
-class _QuantizeShard:
-    """Codewords of one embeddings file."""
-
-    def __init__(self, storage: Storage, embeddings: Manifest, quantizer: Manifest) -> None:
-        self._storage, self._embeddings = storage, embeddings
-        self._quantizer = load_quantizer(storage, quantizer)
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        parts = []
-        for shard in batch["id"]:
-            name = self._embeddings.files[int(shard)].name
-            table = self._storage.read_table(self._embeddings, name, columns=["item_id", "embedding"])
-            codewords = self._quantizer.encode(_matrix(table.column("embedding")))
-            flat = pa.array(codewords.ravel(), pa.int16())
-            lists = pa.FixedSizeListArray.from_arrays(flat, codewords.shape[1])
-            parts.append(pa.table({"item_id": table.column("item_id"), "codewords": lists}))
-        return pa.concat_tables(parts)
+def _overlap(shard: int, num_shards: int, entry: FileEntry) -> bool:
+    """May the shard and a file of the registry, maybe written with other shards, hold the same item?"""
+    first, shards = entry.facts["shard"], entry.facts["shards"]
+    return shard * shards < (first + 1) * num_shards and first * num_shards < (shard + 1) * shards
 
 
-def describe(report: dict[str, Any]) -> str:
-    """The ID report in one line for the log."""
-    levels = ", ".join(f"{level['used']} of {level['size']}" for level in report["levels"])
-    return f"semantic_ids: codewords used {levels}; largest group {report['largest_group']}"
+def _memory_mapped(tables: Iterable[pa.Table]) -> pa.Table:
+    """The tables one behind the other, in a file without a name that the system reads as needed."""
+    with tempfile.NamedTemporaryFile() as file:
+        writer = None
+        for table in tables:
+            writer = writer or pa.ipc.new_file(file, table.schema)
+            writer.write_table(table)
+        assert writer is not None, "a registry has at least one segment"
+        writer.close()
+        file.flush()
+        return pa.ipc.open_file(pa.memory_map(file.name)).read_all()

@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tiger_ray.hashing import shard_of, stable_hash
 from tiger_ray.registry import load_item_ids
-from tiger_ray.shards import shard_name, stable_hash
+from tiger_ray.shards import shard_name
 from tiger_ray.storage import Manifest, Storage
 
 NUM_USERS = 5
@@ -91,7 +92,7 @@ def _titles(storage: Storage, catalog: Manifest, wanted: set[Any]) -> dict[Any, 
         return {}
     titles = {item: f"item {item}, not in the catalog" for item in wanted}
     keys = pa.array(sorted(wanted))
-    shards = np.unique(stable_hash(keys) % np.uint64(catalog.settings["catalog"]["num_shards"]))
+    shards = np.unique(shard_of(stable_hash(keys), catalog.settings["catalog"]["num_shards"]))
     for shard in shards:
         name = shard_name(int(shard))
         if name in {entry.name for entry in catalog.files}:

@@ -6,6 +6,9 @@ recommendations; `id_type` below is that type.
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy.typing as npt
 import pyarrow as pa
 
 ID_TYPES = (pa.string(), pa.large_string(), pa.int64())
@@ -91,3 +94,10 @@ def recommendations_long(user_id_type: pa.DataType, item_id_type: pa.DataType) -
             pa.field("semantic_ids_version", pa.string(), nullable=False),
         ]
     )
+
+
+def matrix_of(column: pa.ChunkedArray) -> npt.NDArray[Any]:
+    """A column of fixed-size lists without nulls as a matrix, one row per row."""
+    values = column.combine_chunks()
+    flat = values.flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(len(values), values.type.list_size)

@@ -1,22 +1,27 @@
-"""Codewords to unique Semantic IDs, in an append-only registry.
+"""Codewords to unique Semantic IDs, in an append-only registry, and a report on how good they are.
 
 The n-th item ever registered has item_index n for good. Its Semantic ID is its L codewords and a
-disambiguator: the count of items registered earlier under the same codewords.
+disambiguator: the count of items registered earlier under the same codewords. Items that come together are
+registered in the order of the hash of their ids. So an ID depends on the items alone: not on files, blocks
+or workers.
 
-N items in the registry, M items in a batch, L levels, I id_length = L + 1.
+N items in the registry, M items in a batch, L levels, I id_length = L + 1, C codes of a level.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tiger_ray.errors import ArtifactError, CollisionError, DataError
+from tiger_ray.config import SemanticIdsSettings
+from tiger_ray.errors import ArtifactError, CollisionError, DataError, QualityError
+from tiger_ray.hashing import stable_hash
 from tiger_ray.schemas import ID_TYPES
 
 
@@ -26,23 +31,26 @@ class SemanticIds:
 
     item_id: pa.ChunkedArray
     """(N,) string, large_string or int64."""
-    codes_NI: np.ndarray
+    codes_NI: npt.NDArray[np.int16]
     """(N, I) int16: codewords, then the disambiguator."""
     level_sizes: tuple[int, ...]
     """(I,) codewords of each level, then how many items the disambiguator can count."""
-    eligible_N: np.ndarray
-    """(N,) bool: may the item be recommended today?"""
+    eligible: pa.BooleanArray
+    """(N,) may the item be recommended today? One bit per item."""
 
     @classmethod
     def from_segments(
-        cls, segments: Sequence[pa.Table], level_sizes: Sequence[int], eligible: np.ndarray | None = None
+        cls,
+        segments: Sequence[pa.Table],
+        level_sizes: Sequence[int],
+        eligible: pa.BooleanArray | None = None,
     ) -> SemanticIds:
-        """The registry that segments written by `assign` make up.
+        """The registry that segments of `segment_of` make up.
 
         Args:
-            segments: tables of `assign`, oldest first, at least one.
+            segments: in the order of item_index, at least one.
             level_sizes: (I,) codewords of each level, then the disambiguator's size.
-            eligible: (N,) bool; none: every item.
+            eligible: (N,); none: every item.
 
         Raises:
             ArtifactError: a segment is missing, doubled, out of order or damaged.
@@ -53,35 +61,23 @@ class SemanticIds:
             raise ArtifactError(
                 f"a registry needs segments with one type of item_id; found {types or 'no segment'}"
             )
-        item_index_N = np.concatenate([segment["item_index"].to_numpy() for segment in segments])
-        wrong = np.flatnonzero(item_index_N != np.arange(len(item_index_N)))
-        if len(wrong):
-            raise ArtifactError(
-                f"row {wrong[0]} of the registry has item_index {item_index_N[wrong[0]]}; a segment is "
-                "missing, doubled or out of order"
-            )
-        codes_NI = np.concatenate([_codes(segment["codes"], len(level_sizes)) for segment in segments])
-        outside_I = ((codes_NI < 0) | (codes_NI >= np.array(level_sizes))).sum(axis=0)
-        if outside_I.any():
-            level = int(outside_I.argmax())
-            raise ArtifactError(
-                f"{outside_I[level]} codes of level {level} are outside 0..{level_sizes[level] - 1}; the "
-                "registry was made for another quantizer or another semantic_ids.disambiguator_size"
-            )
+        codes_NI = np.empty((sum(segment.num_rows for segment in segments), len(level_sizes)), np.int16)
+        first = 0
+        for segment in segments:
+            item_index = segment["item_index"].to_numpy()
+            wrong = np.flatnonzero(item_index != np.arange(first, first + len(item_index)))
+            if len(wrong):
+                raise ArtifactError(
+                    f"row {first + wrong[0]} of the registry has item_index {item_index[wrong[0]]}; a segment "
+                    "is missing, doubled or out of order"
+                )
+            codes_NI[first : first + len(item_index)] = codes_of(segment, level_sizes)
+            first += len(item_index)
         item_id = pa.chunked_array(
-            [chunk for segment in segments for chunk in segment["item_id"].chunks], types[0]
+            [chunk for segment in segments for chunk in segment["item_id"].chunks],
+            segments[0].schema.field("item_id").type,
         )
-        if item_id.null_count or pc.count_distinct(item_id).as_py() != len(item_id):
-            raise ArtifactError(f"the registry holds null or repeated item ids: {_repeated(item_id)}")
-        group_N = _groups(codes_NI)
-        if len(codes_NI) and group_N.max() + 1 < len(codes_NI):
-            twice = int(np.flatnonzero(np.bincount(group_N) > 1)[0])
-            rows = np.flatnonzero(group_N == twice)[:10]
-            raise ArtifactError(
-                f"items {', '.join(map(str, item_id.take(rows).to_pylist()))} have the same Semantic ID "
-                f"{codes_NI[rows[0]].tolist()}"
-            )
-        everyone = np.ones(len(codes_NI), bool)
+        everyone = pa.array(np.ones(len(codes_NI), bool))
         ids = cls(item_id, codes_NI, level_sizes, everyone)
         return ids if eligible is None else ids.with_eligible(eligible)
 
@@ -101,7 +97,7 @@ class SemanticIds:
         """
         if item_id.type != self.item_id.type:
             if pa.types.is_integer(item_id.type) or pa.types.is_integer(self.item_id.type):
-                raise _type_error(item_id.type, self.item_id.type)
+                raise type_error(item_id.type, self.item_id.type)
             item_id = item_id.cast(self.item_id.type)
         found = pc.index_in(item_id, value_set=self.item_id, skip_nulls=True)
         return np.asarray(pc.fill_null(found, -1).to_numpy(), np.int32)
@@ -116,93 +112,227 @@ class SemanticIds:
             self.item_id.take(pa.array(item_index)).chunks or [pa.array([], self.item_id.type)]
         )
 
-    def with_eligible(self, eligible: np.ndarray) -> SemanticIds:
+    @property
+    def eligible_N(self) -> npt.NDArray[np.bool_]:
+        """(N,) bool, made anew on each call."""
+        return self.eligible.to_numpy(zero_copy_only=False)
+
+    def with_eligible(self, eligible: pa.BooleanArray | npt.NDArray[np.bool_]) -> SemanticIds:
         """The same registry with other items allowed today.
 
         Args:
             eligible: (N,) bool.
         """
-        if eligible.shape != (len(self),):
+        if len(eligible) != len(self):
             raise ArtifactError(
-                f"eligibility of {eligible.shape} items does not fit a registry of {len(self)}"
+                f"eligibility of {len(eligible)} items does not fit a registry of {len(self)}"
             )
-        return replace(self, eligible_N=np.asarray(eligible, bool))
+        return replace(self, eligible=pa.array(eligible, pa.bool_()))
 
 
 def assign(
     registry: SemanticIds | None,
     item_id: pa.Array | pa.ChunkedArray,
-    codewords_ML: np.ndarray,
-    disambiguator_size: int,
+    codewords_ML: npt.NDArray[np.int16],
+    level_sizes: Sequence[int],
 ) -> pa.Table:
-    """Semantic IDs for the items that the registry does not hold yet; the order of the input does not matter.
+    """Semantic IDs for the items that the registry does not hold yet, in one process.
+
+    `registry.assign_semantic_ids` does the same in many, with the functions below.
 
     Args:
         registry: what earlier nights assigned; none on the first night.
-        item_id: (M,) string, large_string or int64.
+        item_id: (M,) string, large_string or int64, in any order.
         codewords_ML: (M, L) int16.
-        disambiguator_size: items that may share all codewords.
+        level_sizes: (I,) codewords of each level, then the disambiguator's size.
 
     Returns:
-        The next segment, ordered by item_id: item_index int32, item_id of the type that came in, codes
-        FixedSizeList<int16>[L + 1].
+        The next segment, see `segment_of`.
 
     Raises:
         DataError: an id is null, comes twice, or has another type than the registry's.
         CollisionError: too many items share all codewords.
         ArtifactError: the codewords are not those of the registry's quantizer.
     """
-    assert len(item_id) == len(codewords_ML)
-    item_id = pa.chunked_array([item_id]) if isinstance(item_id, pa.Array) else item_id
+    require_codewords(codewords_ML, level_sizes)
+    old_codes_NI = np.empty((0, len(level_sizes)), np.int16)
+    if registry is not None:
+        old_codes_NI = registry.codes_NI
+        new = np.flatnonzero(registry.lookup(item_id) < 0)
+        item_id, codewords_ML = item_id.take(pa.array(new)), codewords_ML[new]
+    order = registration_order(item_id)
+    item_id, codewords_ML = item_id.take(pa.array(order)), codewords_ML[order]
+    prefix = prefixes(np.concatenate([old_codes_NI[:, :-1], codewords_ML]), level_sizes)
+    disambiguator = disambiguators(prefix, np.arange(len(prefix)))
+    require_room(prefix, disambiguator, level_sizes)
+    return segment_of(len(old_codes_NI), item_id, codewords_ML, disambiguator[len(old_codes_NI) :])
+
+
+def registration_order(item_id: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    """Rows in the order in which their items are registered, (M,): by hash of the id, then by the id.
+
+    Raises:
+        DataError: an id is null, comes twice, or is of a type that ids cannot have.
+    """
     if item_id.type not in ID_TYPES:
         raise DataError(
             f"item_id must be {', '.join(map(str, ID_TYPES))}, not {item_id.type}; see catalog.item_id"
         )
-    if item_id.null_count or pc.count_distinct(item_id).as_py() != len(item_id):
-        raise DataError(f"the catalog holds null or repeated item ids: {_repeated(item_id)}")
-    num_levels = codewords_ML.shape[1]
-    old_codes_NI = np.empty((0, num_levels + 1), np.int16)
-    if registry is not None:
-        if item_id.type != registry.item_id.type:
-            raise _type_error(item_id.type, registry.item_id.type)
-        sizes = np.array(registry.level_sizes[:-1])
-        if num_levels != len(sizes) or (codewords_ML >= sizes).any():
-            raise ArtifactError(
-                f"codewords up to {codewords_ML.max(axis=0, initial=0).tolist()} do not come from the "
-                f"quantizer of this registry, whose levels have {sizes.tolist()} codewords"
-            )
-        old_codes_NI = registry.codes_NI
-        new = np.flatnonzero(registry.lookup(item_id) < 0)
-        item_id, codewords_ML = item_id.take(pa.array(new)), codewords_ML[new]
-    order = pc.sort_indices(item_id)
-    item_id, codewords_ML = item_id.take(order), codewords_ML[order.to_numpy()]
+    if isinstance(item_id, pa.ChunkedArray):
+        item_id = item_id.combine_chunks()
+    if item_id.null_count:
+        raise DataError(f"the catalog holds {item_id.null_count} items without an id")
+    key_M = stable_hash(item_id)
+    order = np.argsort(key_M, kind="stable")
+    if (np.diff(key_M[order]) == 0).any():
+        table = pa.table({"key": key_M, "item_id": item_id})
+        order = pc.sort_indices(table, [("key", "ascending"), ("item_id", "ascending")]).to_numpy()
+        in_order = item_id.take(pa.array(order))
+        repeated = pc.equal(in_order[1:], in_order[:-1])
+        if pc.any(repeated).as_py():
+            names = pc.unique(in_order[1:].filter(repeated)).slice(0, 10).to_pylist()
+            raise DataError(f"the catalog holds items twice, first {names}; see catalog.item_id")
+    return order.astype(np.int64)
 
-    group = _groups(np.concatenate([old_codes_NI[:, :-1], codewords_ML]))
-    old_group_N, group_M = np.split(group, [len(old_codes_NI)])
-    next_free_G = np.zeros(group.max(initial=-1) + 1, np.int64)
-    np.maximum.at(next_free_G, old_group_N, old_codes_NI[:, -1].astype(np.int64) + 1)
-    disambiguator_M = next_free_G[group_M] + _rank_within(group_M)
-    _require_room(disambiguator_M, codewords_ML, group_M, disambiguator_size)
 
+def prefixes(codewords_ML: npt.NDArray[np.integer[Any]], level_sizes: Sequence[int]) -> npt.NDArray[np.int64]:
+    """One number for all codewords of an item, (M,), equal for equal codewords only.
+
+    Args:
+        codewords_ML: (M, L).
+        level_sizes: (I,); their product without the last is below 2^62.
+    """
+    prefix_M = np.zeros(len(codewords_ML), np.int64)
+    for level, size in enumerate(level_sizes[:-1]):
+        prefix_M = prefix_M * size + codewords_ML[:, level]
+    return prefix_M
+
+
+def codewords_of(prefix_M: npt.NDArray[np.int64], level_sizes: Sequence[int]) -> npt.NDArray[np.int16]:
+    """Codewords of prefixes, (M,) to (M, L); undoes `prefixes`."""
+    codewords_ML = np.empty((len(prefix_M), len(level_sizes) - 1), np.int16)
+    for level in reversed(range(len(level_sizes) - 1)):
+        prefix_M, codewords_ML[:, level] = np.divmod(prefix_M, level_sizes[level])
+    return codewords_ML
+
+
+def disambiguators(
+    prefix_M: npt.NDArray[np.int64], item_index_M: npt.NDArray[np.integer[Any]]
+) -> npt.NDArray[np.int64]:
+    """How many items of the same prefix were registered before each, (M,); all of a prefix must be there."""
+    order = np.lexsort((item_index_M, prefix_M))
+    in_order = prefix_M[order]
+    first = np.flatnonzero(np.diff(in_order, prepend=in_order[:1] - 1))
+    rank_M = np.empty(len(prefix_M), np.int64)
+    rank_M[order] = np.arange(len(prefix_M)) - np.repeat(first, np.diff(first, append=len(prefix_M)))
+    return rank_M
+
+
+def require_room(
+    prefix_M: npt.NDArray[np.int64], disambiguator_M: npt.NDArray[np.int64], level_sizes: Sequence[int]
+) -> None:
+    """Refuse a group of items that is too large for the disambiguator.
+
+    Raises:
+        CollisionError: names the largest group's codewords, its size and the remedy.
+    """
+    size = level_sizes[-1]
+    too_many = disambiguator_M >= size
+    if not too_many.any():
+        return
+    worst = int(disambiguator_M.argmax())
+    remedy = (
+        "Raise semantic_ids.disambiguator_size (needs a new model), or quantizer.level_sizes together with "
+        "quantizer.version (new IDs and a new model)"
+    )
+    if len(level_sizes) == 1:
+        remedy = (
+            "With quantizer.kind flat it counts the whole catalog: raise semantic_ids.disambiguator_size (at "
+            "most 32767), or take a kind with codewords"
+        )
+    codewords = codewords_of(prefix_M[worst : worst + 1], level_sizes)[0].tolist()
+    raise CollisionError(
+        f"{disambiguator_M[worst] + 1} items share the codewords {codewords}, but the disambiguator can count "
+        f"{size}; {too_many.sum()} items under {len(np.unique(prefix_M[too_many]))} such prefixes are left "
+        f"without a Semantic ID. {remedy}"
+    )
+
+
+def segment_of(
+    first: int,
+    item_id: pa.Array | pa.ChunkedArray,
+    codewords_ML: npt.NDArray[np.int16],
+    disambiguator_M: npt.NDArray[np.integer[Any]],
+) -> pa.Table:
+    """A piece of the registry: item_index int32 from `first` on, item_id of the type that came in, codes
+    FixedSizeList<int16>[L + 1]."""
     codes_MI = np.column_stack([codewords_ML, disambiguator_M]).astype(np.int16)
-    item_index_M = np.arange(len(old_codes_NI), len(old_codes_NI) + len(codes_MI), dtype=np.int32)
+    id_length = codes_MI.shape[1]
     schema = pa.schema(
         [
             pa.field("item_index", pa.int32(), nullable=False),
             pa.field("item_id", item_id.type, nullable=False),
-            pa.field("codes", pa.list_(pa.int16(), num_levels + 1), nullable=False),
+            pa.field("codes", pa.list_(pa.int16(), id_length), nullable=False),
         ]
     )
-    codes = pa.FixedSizeListArray.from_arrays(pa.array(codes_MI.ravel()), num_levels + 1)
-    return pa.table([pa.array(item_index_M), item_id, codes], schema=schema)
+    item_index = np.arange(first, first + len(codes_MI), dtype=np.int32)
+    codes = pa.FixedSizeListArray.from_arrays(pa.array(codes_MI.ravel()), id_length)
+    return pa.table([pa.array(item_index), item_id, codes], schema=schema)
 
 
-def id_report(codewords_NL: np.ndarray, level_sizes: Sequence[int]) -> dict[str, Any]:
+def codes_of(segment: pa.Table, level_sizes: Sequence[int]) -> npt.NDArray[np.int16]:
+    """Semantic IDs of a segment, (M, I) int16.
+
+    Raises:
+        ArtifactError: they are not codes of levels of these sizes (I,).
+    """
+    codes, id_length = segment["codes"], len(level_sizes)
+    if codes.type != pa.list_(pa.int16(), id_length) or codes.null_count:
+        raise ArtifactError(
+            f"codes of a registry must be {id_length} int16 per item, never null, not {codes.type}"
+        )
+    chunks = [chunk.flatten().to_numpy() for chunk in codes.chunks]
+    codes_MI = np.concatenate([np.empty(0, np.int16), *chunks]).reshape(-1, id_length)
+    outside_I = [
+        ((codes_M < 0) | (codes_M >= size)).sum()
+        for codes_M, size in zip(codes_MI.T, level_sizes, strict=True)
+    ]
+    if any(outside_I):
+        level = int(np.argmax(outside_I))
+        raise ArtifactError(
+            f"{outside_I[level]} codes of level {level} are outside 0..{level_sizes[level] - 1}; the "
+            "registry was made for another quantizer or another semantic_ids.disambiguator_size"
+        )
+    return codes_MI
+
+
+def require_codewords(codewords_ML: npt.NDArray[np.int16], level_sizes: Sequence[int]) -> None:
+    """Refuse codewords that do not come from the quantizer of the registry.
+
+    Raises:
+        ArtifactError: another number of levels than L, or a codeword outside of its level.
+    """
+    sizes = np.array(level_sizes[:-1])
+    if codewords_ML.shape[1] != len(sizes) or (codewords_ML >= sizes).any() or (codewords_ML < 0).any():
+        raise ArtifactError(
+            f"codewords up to {codewords_ML.max(axis=0, initial=0).tolist()} do not come from the "
+            f"quantizer of this registry, whose levels have {sizes.tolist()} codewords"
+        )
+
+
+# The report
+
+
+def count_codes(codes_MI: npt.NDArray[np.int16], level_sizes: Sequence[int]) -> list[npt.NDArray[np.int64]]:
+    """Items per code of each level, I arrays of (C,) int64; counts of two batches add up."""
+    return [np.bincount(codes_MI[:, level], minlength=size) for level, size in enumerate(level_sizes)]
+
+
+def id_report(counts: Sequence[npt.NDArray[np.int64]]) -> dict[str, Any]:
     """How well codewords tell items apart, ready for JSON.
 
     Args:
-        codewords_NL: (N, L) integer.
-        level_sizes: (L,) codewords of each level.
+        counts: of `count_codes`, of the whole registry.
 
     Returns:
         `items`; `prefixes`, the distinct rows of codewords; `disambiguated_share`, the share of items that
@@ -211,83 +341,134 @@ def id_report(codewords_NL: np.ndarray, level_sizes: Sequence[int]) -> dict[str,
         `size`, the codewords `used`, their share `usage`, and the `perplexity`: exp of the entropy in nats
         of the codewords' frequencies, at most `size`.
     """
-    items = len(codewords_NL)
-    group_size = np.bincount(_groups(codewords_NL))
-    sizes, counts = np.unique(group_size, return_counts=True)
+    *codewords, disambiguator_C = counts
+    items = int(disambiguator_C.sum())
+    # A prefix of k items holds the disambiguators 0 to k - 1: so many prefixes have k items or more.
+    at_least = np.append(disambiguator_C, 0)
+    group_sizes = at_least[:-1] - at_least[1:]
     levels = []
-    for level, size in enumerate(level_sizes):
-        count_C = np.bincount(codewords_NL[:, level], minlength=size)
+    for count_C in codewords:
         share = count_C[count_C > 0] / max(items, 1)
         levels.append(
             {
-                "size": int(size),
+                "size": len(count_C),
                 "used": len(share),
-                "usage": len(share) / size,
+                "usage": len(share) / len(count_C),
                 "perplexity": float(np.exp(-(share * np.log(share)).sum())) if items else 0.0,
             }
         )
     return {
         "items": items,
-        "prefixes": len(group_size),
-        "disambiguated_share": 1 - len(group_size) / items if items else 0.0,
-        "largest_group": int(group_size.max(initial=0)),
-        "group_sizes": {str(size): int(count) for size, count in zip(sizes, counts, strict=True)},
+        "prefixes": int(at_least[0]),
+        "disambiguated_share": 1 - int(at_least[0]) / items if items else 0.0,
+        "largest_group": int(np.count_nonzero(at_least)),
+        "group_sizes": {str(size + 1): int(group_sizes[size]) for size in np.flatnonzero(group_sizes)},
         "levels": levels,
     }
 
 
-def _codes(codes: pa.ChunkedArray, id_length: int) -> np.ndarray:
-    if codes.type != pa.list_(pa.int16(), id_length) or codes.null_count:
-        raise ArtifactError(
-            f"codes of a registry must be {id_length} int16 per item, never null, not {codes.type}"
+def sample_report(
+    codewords_ML: npt.NDArray[np.int16],
+    level_sizes: Sequence[int],
+    category_M: npt.NDArray[np.int64],
+    error_M: npt.NDArray[np.float32],
+    variance: float,
+    seen_M: npt.NDArray[np.bool_],
+) -> dict[str, Any]:
+    """What needs more than the codes, measured on a sample of the items, ready for JSON.
+
+    Args:
+        codewords_ML: (M, L).
+        level_sizes: (I,).
+        category_M: number of each item's category, -1 where it has none.
+        error_M: squared distance of each item's embedding from what its codewords stand for.
+        variance: mean squared distance of the embeddings from their mean.
+        seen_M: did the quantizer learn from this item?
+
+    Returns:
+        `items`; `unseen`; `reconstruction_error`, of items seen and unseen as a share of the variance;
+        `coverage`, share of the unseen items whose first 1, 2, ... L codewords are those of a seen item;
+        `purity`, per level the share of items that are of the commonest category under their prefix, and
+        `purity_by_chance`, the same with categories dealt out at random: only what is above it is meaning.
+    """
+    unseen_M, known_M = ~seen_M, category_M >= 0
+    shuffled_M = category_M.copy()
+    shuffled_M[known_M] = np.random.default_rng(0).permutation(category_M[known_M])
+    coverage, purity, by_chance = [], [], []
+    for length in range(1, len(level_sizes)):
+        # The sizes of the first levels, and any last one.
+        prefix_M = prefixes(codewords_ML, level_sizes[: length + 1])
+        coverage.append(_share(np.isin(prefix_M[unseen_M], prefix_M[seen_M])))
+        purity.append(_purity(prefix_M[known_M], category_M[known_M]))
+        by_chance.append(_purity(prefix_M[known_M], shuffled_M[known_M]))
+    scale = max(variance, 1e-30)
+    return {
+        "items": len(codewords_ML),
+        "unseen": int(unseen_M.sum()),
+        "reconstruction_error": {
+            name: float(error_M[mask].mean(dtype=np.float64) / scale) if mask.any() else None
+            for name, mask in (("seen", seen_M), ("unseen", unseen_M))
+        },
+        "coverage": coverage,
+        "purity": purity,
+        "purity_by_chance": by_chance,
+    }
+
+
+def require_quality(report: Mapping[str, Any], settings: SemanticIdsSettings) -> None:
+    """Stop the night before a model is trained on Semantic IDs that cannot tell items apart.
+
+    Args:
+        report: of `id_report`.
+        settings: section `semantic_ids`, with the thresholds.
+
+    Raises:
+        QualityError: names what is wrong with which level, and what to change.
+    """
+    found = []
+    for number, level in enumerate(report["levels"]):
+        # A catalog smaller than the level cannot use all of it.
+        possible = min(level["size"], report["items"])
+        if level["used"] < settings.min_usage * possible:
+            found.append(
+                f"level {number} uses {level['used']} of {level['size']} codewords (semantic_ids.min_usage "
+                f"{settings.min_usage})"
+            )
+        if level["perplexity"] < settings.min_perplexity * possible:
+            found.append(
+                f"level {number} has a perplexity of {level['perplexity']:.1f} of {level['size']} "
+                f"(semantic_ids.min_perplexity {settings.min_perplexity})"
+            )
+    share = report["disambiguated_share"]
+    if report["levels"] and share > settings.max_disambiguated_share:
+        found.append(
+            f"{share:.1%} of {report['items']:,} items share all codewords with an earlier one "
+            f"(semantic_ids.max_disambiguated_share {settings.max_disambiguated_share})"
         )
-    chunks = [chunk.flatten().to_numpy() for chunk in codes.chunks]
-    return np.concatenate([np.empty(0, np.int16), *chunks]).reshape(-1, id_length)
-
-
-def _groups(codes: np.ndarray) -> np.ndarray:
-    """Number equal rows alike: int64 from 0 without gaps, in the order of the rows' codes."""
-    key, span = np.zeros(len(codes), np.int64), 1
-    for code in codes.T:
-        size = int(code.max(initial=0)) + 1
-        if span * size > np.iinfo(np.int64).max:
-            distinct, key = np.unique(key, return_inverse=True)
-            span = len(distinct)
-        key, span = key * size + code, span * size
-    return np.unique(key, return_inverse=True)[1]
-
-
-def _rank_within(group: np.ndarray) -> np.ndarray:
-    """How many earlier entries are in the same group."""
-    order = np.argsort(group, kind="stable")
-    in_order = group[order]
-    first = np.flatnonzero(np.diff(in_order, prepend=-1))
-    rank = np.empty(len(group), np.int64)
-    rank[order] = np.arange(len(group)) - np.repeat(first, np.diff(first, append=len(group)))
-    return rank
-
-
-def _require_room(disambiguator: np.ndarray, codewords: np.ndarray, group: np.ndarray, size: int) -> None:
-    too_many = disambiguator >= size
-    if too_many.any():
-        worst = int(disambiguator.argmax())
-        raise CollisionError(
-            f"{disambiguator[worst] + 1} items share the codewords {codewords[worst].tolist()}, but the "
-            f"disambiguator can count {size}; {too_many.sum()} items under {len(np.unique(group[too_many]))} "
-            "such prefixes are left without a Semantic ID. Raise semantic_ids.disambiguator_size (needs a "
-            "new model), or raise quantizer.num_levels or quantizer.codebook_size together with "
-            "quantizer.version (new IDs and a new model)"
+    if found:
+        raise QualityError(
+            f"the Semantic IDs are not fit to train on, nothing was published: {'; '.join(found)}. Change "
+            "quantizer.kind or quantizer.level_sizes, look at the embeddings (items with equal texts?), or, "
+            "knowing why, the threshold"
         )
 
 
-def _repeated(item_id: pa.ChunkedArray) -> str:
-    counts = pc.value_counts(item_id)
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
-    names = repeated.drop_null().slice(0, 10).to_pylist()
-    return f"{item_id.null_count} null; {len(repeated.drop_null())} repeated, first {names}"
+def _purity(prefix_M: npt.NDArray[np.int64], category_M: npt.NDArray[np.int64]) -> float | None:
+    if not len(prefix_M):
+        return None
+    group_M = np.unique(prefix_M, return_inverse=True)[1]
+    pairs, counts = np.unique(np.stack([group_M, category_M]), axis=1, return_counts=True)
+    commonest = np.zeros(pairs[0].max() + 1, np.int64)
+    np.maximum.at(commonest, pairs[0], counts)
+    return int(commonest.sum()) / len(prefix_M)
 
 
-def _type_error(found: pa.DataType, wanted: pa.DataType) -> DataError:
+def _share(mask: npt.NDArray[np.bool_]) -> float | None:
+    return float(mask.mean()) if len(mask) else None
+
+
+def type_error(found: Any, wanted: Any) -> DataError:
+    """The error for item ids of another type than the registry's."""
     return DataError(
         f"item_id is {found}, but the registry of Semantic IDs was started with {wanted}; ids of "
         "another type are other ids: keep the type, or start a new registry by raising quantizer.version"

@@ -19,8 +19,9 @@ import ray
 from tiger_ray import schemas
 from tiger_ray.config import EventsSettings, SequencesSettings, Settings
 from tiger_ray.events import is_complete, read_events, wanted_rows
+from tiger_ray.hashing import shard_of, stable_hash
 from tiger_ray.registry import load_semantic_ids, registry_of
-from tiger_ray.shards import plain_errors, shard_name, stable_hash, write_partitions
+from tiger_ray.shards import plain_errors, shard_name, write_partitions
 from tiger_ray.stage import Computed, StageResult, run_stage
 from tiger_ray.storage import FileEntry, Manifest, Run, Storage
 from tiger_ray.stores import InputFile
@@ -131,7 +132,7 @@ def prepare_events(
     )
     index = rows.column("item_index").to_numpy()
     tie = np.where(index >= 0, items.column("tie").to_numpy()[index], -1).astype(np.int32)
-    shard = (stable_hash(rows.column("user_id")) % sequences.num_shards).astype(np.int32)
+    shard = shard_of(stable_hash(rows.column("user_id")), sequences.num_shards)
     return rows.append_column("tie", pa.array(tie)).append_column("shard", pa.array(shard))
 
 
@@ -176,7 +177,8 @@ def _compute(
     )
     users = sum(entry.rows for entry in entries)
     facts = {
-        name: sum(int(entry.facts[name]) for entry in entries) for name in ("events", "users_without_history")
+        name: sum(int(entry.facts[name]) for entry in entries)
+        for name in ("events", "users_without_history", "examples_leave_one_out", "examples_none")
     }
     entries.append(_write_popularity(run, entries, storage, int(semantic_ids.metadata["items"])))
     return entries, {
@@ -214,6 +216,9 @@ class _Finish:
             "events": pc.sum(lengths).as_py(),
             "users_without_history": pc.sum(pc.equal(lengths, 0)).as_py(),
         }
+        for holdout, held_out in (("leave_one_out", HELD_OUT), ("none", 0)):
+            seen = training_lengths(lengths.to_numpy(), held_out)
+            facts[f"examples_{holdout}"] = int(np.maximum(seen - 1, 0).sum())
         return self._run.write_table(shard_name(shard), table, facts=facts)
 
 

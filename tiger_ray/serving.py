@@ -45,9 +45,9 @@ from starlette.exceptions import HTTPException
 from tiger_ray.cluster import connect
 from tiger_ray.config import ServingSettings, Settings
 from tiger_ray.errors import ArtifactError, TigerError
+from tiger_ray.hashing import stable_hash
 from tiger_ray.recommendations import FALLBACK, GENERATED, Scorer
 from tiger_ray.registry import registry_of
-from tiger_ray.shards import stable_hash
 from tiger_ray.storage import Manifest, Storage
 from tiger_ray.training import load_model
 

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import ray
 from ray.exceptions import RayTaskError
@@ -74,9 +73,23 @@ def map_shards(
     return [done[shard.name] for shard in shards]
 
 
+def map_numbers(count: int, make: Callable[[int], Any]) -> list[ray.ObjectRef]:
+    """References to `make(0)`, `make(1)`, ... `make(count - 1)`, each made by a task of its own.
+
+    For short tasks: Ray Data takes a tenth of a second or two to schedule one, and seconds to start an actor.
+    """
+    task, shared = ray.remote(_call), ray.put(make)
+    return [task.remote(shared, number) for number in range(count)]
+
+
 def shard_name(shard: int) -> str:
     """File name of a shard, the same in every artifact."""
     return f"shard-{shard:05d}.parquet"
+
+
+def shard_number(entry: FileEntry) -> int:
+    """Number of a shard, from the name that `shard_name` gave it."""
+    return int(entry.name.removeprefix("shard-").removesuffix(".parquet"))
 
 
 def write_partitions(
@@ -107,13 +120,6 @@ def write_partitions(
     return sorted(entries, key=lambda entry: entry.name)
 
 
-def stable_hash(values: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """Hash of ids that is the same on every machine and in every process; (N,) uint64."""
-    if isinstance(values, pa.ChunkedArray):
-        values = values.combine_chunks()
-    return pd.util.hash_array(values.to_numpy(zero_copy_only=False), categorize=False)
-
-
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Raise an error of ours from a worker as itself, without the layers of remote tracebacks."""
@@ -128,6 +134,10 @@ def plain_errors() -> Iterator[None]:
         if cause is None:
             raise
         raise cause from None
+
+
+def _call(make: Callable[[int], Any], number: int) -> Any:
+    return make(number)
 
 
 class _ShardActor:

@@ -22,12 +22,12 @@ from tiger_ray.storage import FileEntry, Manifest, Run, Storage, fingerprint
 log = logging.getLogger(__name__)
 
 FORMAT_VERSIONS = {
-    "catalog": 1,
+    "catalog": 2,
     "events": 1,
     "embeddings": 1,
-    "quantizer": 1,
-    "semantic_ids": 1,
-    "sequences": 1,
+    "quantizer": 2,
+    "semantic_ids": 2,
+    "sequences": 2,
     "model": 1,
     "evaluation": 1,
     "recommendations": 1,

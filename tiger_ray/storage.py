@@ -6,6 +6,7 @@ Layout below ROOT/<artifact>/ (only the manifests are ever looked for; nothing i
     _runs/<run_id>/<attempt>-<digest>/<name>  data; the digest keeps a late writer from overwriting
     _runs/<run_id>/_done/<name>.json          the first finished file of that name; later ones adopt it
     _runs/<run_id>/_manifest.json             the run is complete and may be published under any date
+    _heads/<name>.json                        newest link of a chain, moved by compare-and-swap
     date=D/_manifest.json                     one conditional write: the only moment that publishes anything
     latest.json                               a hint, moved by compare-and-swap, never to an older date
 
@@ -264,6 +265,35 @@ class Storage:
         crash_point(f"{manifest.artifact}.published")
         self._move_latest(published)
         return published
+
+    # Chains
+
+    def head(self, artifact: str, name: str) -> Manifest | None:
+        """The newest link of a chain of runs, each of which adds to the one before; none before the first."""
+        key = _head_key(artifact, name)
+        stored = self._get(key)
+        return None if stored is None else self._parse_manifest(key, stored.data, artifact, "")
+
+    def move_head(self, name: str, before: Manifest | None, after: Manifest) -> bool:
+        """Make `after` the newest link if `before` still is.
+
+        Returns:
+            Whether it is now; if not, somebody else's link is there, and nothing was changed.
+        """
+        key = _head_key(after.artifact, name)
+        expected, data = None if before is None else _manifest_json(before), _manifest_json(after)
+
+        def move() -> bool:
+            there = self.store.get(key)
+            # Read before every write: an earlier write of ours may have landed though its answer was lost.
+            if there is not None and there.data == data:
+                return True
+            if (None if there is None else there.data) != expected:
+                return False
+            self.store.put_if(key, data, None if there is None else there.etag)
+            return True
+
+        return self._persist(move)
 
     # Reading
 
@@ -591,6 +621,12 @@ def _manifest_key(artifact: str, date: str) -> str:
     if not _DATE.fullmatch(date):
         raise ArtifactError(f"date must be a day like 2026-11-23, not {date!r}")
     return f"{artifact}/date={date}/_manifest.json"
+
+
+def _head_key(artifact: str, name: str) -> str:
+    _require_name("artifact", artifact)
+    _require_name("head", name)
+    return f"{artifact}/_heads/{name}.json"
 
 
 def _require_name(what: str, name: str) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +39,7 @@ from tiger_ray.sequences import HELD_OUT, training_lengths, user_shards
 from tiger_ray.stage import Computed, StageResult, run_stage
 from tiger_ray.storage import Manifest, Run, Storage
 from tiger_ray.tokens import Vocabulary, pad_histories
+from tiger_ray.workers import run_workers, this_worker
 
 BATCHES_PER_WINDOW = 64
 """Batches that are sorted by length together, so that a batch holds histories of about one length."""
@@ -373,7 +373,28 @@ def _compute(
 ) -> Computed:
     done = run.finished()
     if not all(name in done for name in (*MODEL_FILES, "curve.json")):
-        _train_on_ray(run, settings, storage, sequences, semantic_ids)
+        training = settings.training
+        if not sequences.metadata[f"examples_{training.holdout}"]:
+            raise DataError(
+                f"no training example: none of {sequences.metadata['users']:,} users has two events that "
+                f"training may see (training.holdout is {training.holdout!r})"
+            )
+        run_workers(
+            _train_worker,
+            {
+                "settings": settings,
+                "storage": storage,
+                "sequences": sequences,
+                "semantic_ids": semantic_ids,
+            },
+            run=run,
+            # A run of this name on this storage is resumed silently, so the name is the night's own.
+            name=f"{settings.date}-{run.fingerprint[:16]}",
+            num_workers=training.num_workers,
+            cpus_per_worker=training.cpus_per_worker,
+            use_gpu=training.use_gpu,
+            max_failures=training.max_failures,
+        )
         done = run.finished()
     curve = json.loads(run.read_file(done["curve.json"]))
     final = curve[-1]
@@ -387,47 +408,6 @@ def _compute(
     }
 
 
-def _train_on_ray(
-    run: Run, settings: Settings, storage: Storage, sequences: Manifest, semantic_ids: Manifest
-) -> None:
-    import ray.train
-    from ray.train.torch import TorchTrainer
-
-    # Ray Train would log each printed line a second time.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    training = settings.training
-    resources = {"CPU": 0.0 if training.use_gpu else training.cpus_per_worker, "GPU": float(training.use_gpu)}
-    trainer = TorchTrainer(
-        _train_worker,
-        train_loop_config={
-            "run": run,
-            "settings": settings,
-            "storage": storage,
-            "sequences": sequences,
-            "semantic_ids": semantic_ids,
-        },
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=training.num_workers, use_gpu=training.use_gpu, resources_per_worker=resources
-        ),
-        # A run of this name on this storage is resumed silently, so the name is the night's own.
-        run_config=ray.train.RunConfig(
-            name=f"{settings.date}-{run.fingerprint[:16]}",
-            storage_path=run.folder_uri("ray_train"),
-            failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-        ),
-    )
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        for failure in getattr(error, "worker_failures", {}).values():
-            cause = getattr(failure, "_base_exc", failure)
-            if isinstance(cause, TigerError):
-                raise cause from None
-        raise TigerError(f"training ended after {training.max_failures + 1} failures: {error}") from error
-
-
 def _train_worker(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
     import ray.train
@@ -435,21 +415,12 @@ def _train_worker(config: dict[str, Any]) -> None:
 
     logging.disable(logging.INFO)  # Ray Train logs each report of each worker
     run, settings, storage = config["run"], config["settings"], config["storage"]
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
-    if not settings.training.use_gpu:
-        torch.set_num_threads(max(1, int(settings.training.cpus_per_worker)))
+    rank, world_size, device = this_worker(settings.training.cpus_per_worker)
     ids = load_semantic_ids(storage, config["semantic_ids"])
     vocabulary = Vocabulary(ids.level_sizes, settings.model.num_user_buckets)
     examples = Examples.load(
         storage, config["sequences"], settings.training.holdout, settings.model.max_history
     )
-    if not len(examples):
-        raise DataError(
-            f"no training example: none of {len(examples.lengths_U):,} users has two events that training may see "
-            f"(training.holdout is {settings.training.holdout!r})"
-        )
     if rank == 0:
         print(f"training on {len(examples):,} examples, workers: {world_size}", flush=True)
     torch.manual_seed(settings.seed)

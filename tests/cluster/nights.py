@@ -42,7 +42,7 @@ events:
 embeddings:
   dim: 64
 quantizer:
-  codebook_size: 8
+  level_sizes: [8, 8, 8]
   num_iterations: 10
 sequences:
   num_shards: 4

@@ -8,11 +8,17 @@ from nights import ARTIFACTS, DATE, Night, contents, published
 
 from tiger_ray.faults import BOUNDARIES
 
-SHARDED = ("embeddings", "evaluation", "recommendations")
+BETWEEN = {
+    "embeddings": ["shard"],
+    "semantic_ids": ["encoded", "appended"],
+    "evaluation": ["shard"],
+    "recommendations": ["shard"],
+}
+"""Crash points of a stage between its beginning and the moment all is computed."""
 POINTS = [
     f"{artifact}.{point}"
     for artifact in ARTIFACTS
-    for point in (BOUNDARIES[0], *(["shard"] if artifact in SHARDED else []), *BOUNDARIES[1:])
+    for point in (BOUNDARIES[0], *BETWEEN.get(artifact, []), *BOUNDARIES[1:])
 ]
 
 

@@ -44,7 +44,7 @@ class BadNight:
     def run(self, until="events", **changed):
         catalog = {"uri": self.catalog_uri, "text": ["title"], "category": None, "available": None}
         catalog |= changed.pop("catalog", {})
-        changed = {"quantizer": {"codebook_size": 4}, "catalog": catalog, **changed}
+        changed = {"quantizer": {"level_sizes": [4, 4, 4]}, "catalog": catalog, **changed}
         return run_night(tiny_settings(self.root, str(self.data), **changed), until)
 
     def refused(self, message, until="events", published=(), **changed):

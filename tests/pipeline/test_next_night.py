@@ -172,7 +172,9 @@ def test_a_night_much_worse_than_the_last_published_one_is_refused(night):
 
 
 def test_a_model_of_another_id_space_is_refused(night, night_root, world):
-    settings = tiny_settings(night_root, world.data, WEDNESDAY, quantizer={"version": 2, "codebook_size": 12})
+    settings = tiny_settings(
+        night_root, world.data, WEDNESDAY, quantizer={"version": 2, "level_sizes": [12, 12, 12]}
+    )
     other = run_night(settings, until="semantic_ids")
     assert other.statuses["quantizer"] == other.statuses["semantic_ids"] == "computed"
     load_model(night.storage, night["model"], night["semantic_ids"])

@@ -31,10 +31,10 @@ from ray.serve.exceptions import BackPressureError
 from tiger_ray import schemas, semantic_ids, serving
 from tiger_ray.config import ModelSettings, ServingSettings, Settings
 from tiger_ray.errors import ArtifactError
+from tiger_ray.hashing import stable_hash
 from tiger_ray.model import TigerModel
 from tiger_ray.registry import registry_of
 from tiger_ray.serving import Endpoint, Query, QueryReader, Recommender, Refused
-from tiger_ray.shards import stable_hash
 from tiger_ray.storage import Manifest, Storage
 from tiger_ray.tokens import Vocabulary, pad_histories
 
@@ -99,7 +99,7 @@ def make_world(
     rng = np.random.default_rng(5)
     item_ids = [f"item-{i:02d}" if id_type == STRING else 10**12 + i for i in range(NUM_ITEMS)]
     codewords = rng.integers(0, 6, (NUM_ITEMS, 2)).astype(np.int16)
-    segment = semantic_ids.assign(None, pa.array(item_ids, id_type), codewords, LEVEL_SIZES[-1])
+    segment = semantic_ids.assign(None, pa.array(item_ids, id_type), codewords, LEVEL_SIZES)
     registry = semantic_ids.SemanticIds.from_segments([segment], LEVEL_SIZES)
     item_ids = registry.item_id.to_pylist()
     eligible = np.ones(NUM_ITEMS, bool)

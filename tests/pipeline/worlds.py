@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tiger_ray import catalog, embeddings, events, recommendations, registry, sequences, training
+from tiger_ray import catalog, embeddings, events, fitting, recommendations, registry, sequences, training
 from tiger_ray.config import Settings
 from tiger_ray.stage import StageResult
 from tiger_ray.storage import Manifest, Storage
@@ -23,7 +23,7 @@ TINY: dict[str, Any] = {
         "available": "available",
         "num_shards": 3,
     },
-    "quantizer": {"codebook_size": 16, "num_iterations": 8},
+    "quantizer": {"level_sizes": [16, 16, 16], "num_iterations": 8},
     "sequences": {"num_shards": 3, "max_events": 30},
     "model": {"num_layers": 1, "d_model": 32, "num_heads": 2, "d_kv": 16, "d_ff": 64, "max_history": 8},
     "training": {
@@ -102,7 +102,7 @@ def run_night(settings: Settings, until: str = "recommendations") -> Night:
         "catalog": lambda: catalog.run(settings, storage),
         "events": lambda: events.run(settings, storage, night["catalog"]),
         "embeddings": lambda: embeddings.run(settings, storage, night["catalog"]),
-        "quantizer": lambda: registry.fit_quantizer(settings, storage, night["embeddings"]),
+        "quantizer": lambda: fitting.fit_quantizer(settings, storage, night["embeddings"]),
         "semantic_ids": lambda: registry.assign_semantic_ids(
             settings, storage, night["catalog"], night["embeddings"], night["quantizer"]
         ),

@@ -14,7 +14,7 @@ from tiger_ray import schemas
 from tiger_ray.catalog import clean_rows, id_type, item_text, plain_text, read_input_schema
 from tiger_ray.config import CatalogSettings
 from tiger_ray.errors import DataError
-from tiger_ray.shards import stable_hash
+from tiger_ray.hashing import shard_of, stable_hash
 from tiger_ray.stores import list_inputs
 
 
@@ -142,7 +142,7 @@ def test_cleaned_rows_have_the_schema_of_the_artifact_and_a_shard():
     assert table.column("text").to_pylist() == ["title: One", ""]
     assert table.column("available").to_pylist() == [True, True]
     assert table.column("category").to_pylist() == [None, None]
-    assert table.column("shard").to_pylist() == (stable_hash(pa.array(["b", "a"])) % 3).tolist()
+    assert table.column("shard").to_pylist() == shard_of(stable_hash(pa.array(["b", "a"])), 3).tolist()
 
 
 def test_the_category_is_the_deepest_entry_and_an_item_of_unknown_availability_is_not_available():

@@ -85,7 +85,11 @@ def test_a_key_like_no_other_points_to_help(night):
         ("model: {num_layers: many}\n", (), r"model\.num_layers: .*integer.*\(got 'many'\)"),
         ("", ("--model.num_layers", "many"), r"model\.num_layers: .*integer.*\(got 'many'\)"),
         ("model: {num_layers: 0}\n", (), r"model\.num_layers: .*greater than or equal to 1 \(got 0\)"),
-        ("quantizer: {kind: pq}\n", (), r"quantizer\.kind: .*'residual_kmeans' or 'rqvae' \(got 'pq'\)"),
+        (
+            "quantizer: {kind: pq}\n",
+            (),
+            r"quantizer\.kind: .*'rqvae', 'residual_kmeans'.* or 'flat' \(got 'pq'\)",
+        ),
         ("evaluation: {max_drop: 20}\n", (), r"evaluation\.max_drop: .*less than or equal to 1 \(got 20\)"),
     ],
 )
@@ -223,7 +227,8 @@ OPERATIONAL = {
     "storage": {"replace", "commit_deadline_s"},
     "ray": {"address", "num_cpus", "progress"},
     "embeddings": {"batch_size", "num_workers", "cpus_per_worker", "use_gpu"},
-    "quantizer": {"use_gpu", "cpus"},
+    "quantizer": {"num_workers", "use_gpu", "cpus_per_worker", "memory_mb_per_worker", "max_failures"},
+    "semantic_ids": {"min_usage", "min_perplexity", "max_disambiguated_share"},
     "training": {"num_workers", "cpus_per_worker", "use_gpu", "max_failures", "log_every_steps"},
     "decoding": {"num_workers", "cpus_per_worker", "use_gpu"},
     "serving": None,

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from tiger_ray import schemas
 from tiger_ray.config import EventsSettings, SequencesSettings
+from tiger_ray.hashing import shard_of, stable_hash
 from tiger_ray.sequences import histories_of, prepare_events, training_lengths
-from tiger_ray.shards import stable_hash
 
 ITEMS = ["i0", "i1", "i2", "i3", "i4"]
 TIES = [3, 0, 4, 1, 2]
@@ -45,7 +45,7 @@ def histories(blocks, max_events, num_shards=2, items=None, **types):
         if rows.num_rows:
             table = histories_of(rows, max_events)
             assert table.column("user_id").to_pylist() == sorted(table.column("user_id").to_pylist())
-            assert (stable_hash(table.column("user_id")) % num_shards == shard).all()
+            assert (shard_of(stable_hash(table.column("user_id")), num_shards) == shard).all()
             found |= zip(
                 table.column("user_id").to_pylist(), table.column("history").to_pylist(), strict=True
             )

@@ -6,29 +6,41 @@ N items, B items in batch, L levels, C codewords per level, D embedding width.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from tiger_ray.config import QuantizerSettings
 from tiger_ray.errors import ArtifactError, DataError
+from tiger_ray.hashing import row_hash
+from tiger_ray.quantizers.points import Points
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WEIGHTS_FILE = "quantizer.safetensors"
 DESCRIPTION_FILE = "quantizer.json"
+
+Ids: TypeAlias = pa.Array | pa.ChunkedArray
+"""Item ids: string, large_string or int64."""
+
+Log: TypeAlias = Callable[[str], None]
+"""Takes one line of progress at a time."""
 
 BATCH_ROWS = 1024
 """Rows of each matrix product in `encode`: one shape, so that how items are batched changes no codeword."""
 
 
-class Quantizer(nn.Module):
+class Quantizer(nn.Module, ABC):
     """A frozen map from embeddings to codewords.
 
-    A kind adds its tensors as parameters or buffers, its constructor's arguments as `arguments()`, and the
-    two maps `_codewords` and `_points` between standardized embeddings and codewords.
+    A kind adds its tensors as parameters or buffers, its constructor's arguments as `arguments()`, how it is
+    learned as `fit`, and the two maps `_codewords` and `_points` between standardized embeddings and codewords.
 
     Args:
         dim: embedding width D.
@@ -38,6 +50,10 @@ class Quantizer(nn.Module):
     kind: ClassVar[str]
     mean_D: Tensor
     scale_D: Tensor
+    fit_keys: tuple[float, float] = (0.0, 0.0)
+    """First hash and end of the hashes of the embeddings it was learned from; see `was_learned_from`."""
+    version: int = 1
+    """`quantizer.version` it was fitted for: with another one, equal codebooks are still another ID space."""
 
     def __init__(self, dim: int, level_sizes: Sequence[int]) -> None:
         super().__init__()
@@ -50,23 +66,37 @@ class Quantizer(nn.Module):
         """Constructor arguments, ready for JSON."""
         return {"dim": self.dim, "level_sizes": list(self.level_sizes)}
 
+    @classmethod
+    @abstractmethod
+    def fit(cls, settings: QuantizerSettings, points: Points, *, seed: int, log: Log) -> Self:
+        """A quantizer learned from the points of all workers, equal on each of them."""
+
+    @abstractmethod
     def _codewords(self, point_BD: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Codewords (B, L) int64 of standardized embeddings (B, D)."""
 
     def _points(self, codewords_BL: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Standardized embeddings (B, D) that codewords stand for: the mean, where they stand for no place."""
+        return self.mean_D.new_zeros(len(codewords_BL), self.dim)
+
+    def was_learned_from(self, embedding_ND: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+        """Which of these items the fit learned from, provided that they were in its catalog, (N,)."""
+        key_N, (first, end) = row_hash(embedding_ND), self.fit_keys
+        return (key_N >= first) & (key_N < end)
 
     def standardize(self, embedding_BD: Tensor) -> Tensor:
         """Mean 0 and deviation 1 in every dimension; one that was constant in `fit` becomes 0."""
         return torch.where(self.scale_D > 0, (embedding_BD - self.mean_D) / self.scale_D, 0.0)
 
     @torch.inference_mode()
-    def encode(self, embedding_ND: np.ndarray, *, item_id: Sequence[Any] | None = None) -> np.ndarray:
+    def encode(
+        self, embedding_ND: npt.NDArray[np.float32], item_id: Ids | None = None
+    ) -> npt.NDArray[np.int16]:
         """Codewords of every item, the same however the items are batched.
 
         Args:
             embedding_ND: (N, D) float32.
-            item_id: (N,) ids, only to name bad rows in an error.
+            item_id: (N,) ids; names bad rows in an error, and is what `random` hashes.
 
         Returns:
             (N, L) int16.
@@ -93,7 +123,7 @@ class Quantizer(nn.Module):
         return codewords_NL
 
     @torch.inference_mode()
-    def reconstruct(self, codewords_NL: np.ndarray) -> np.ndarray:
+    def reconstruct(self, codewords_NL: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
         """Embeddings that the codewords stand for.
 
         Args:
@@ -113,7 +143,13 @@ class Quantizer(nn.Module):
     def to_files(self) -> dict[str, bytes]:
         """The quantizer as file name -> content: safetensors and a JSON description."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        description = {"format_version": FORMAT_VERSION, "kind": self.kind, "arguments": self.arguments()}
+        description = {
+            "format_version": FORMAT_VERSION,
+            "kind": self.kind,
+            "arguments": self.arguments(),
+            "fit_keys": self.fit_keys,
+            "version": self.version,
+        }
         return {
             WEIGHTS_FILE: safetensors.torch.save(tensors),
             DESCRIPTION_FILE: json.dumps(description, indent=2, sort_keys=True).encode(),
@@ -127,13 +163,16 @@ def read_files(files: Mapping[str, bytes], kinds: Mapping[str, type[Quantizer]])
             raise ArtifactError(f"the quantizer has no file {name}; it has {sorted(files)}")
     try:
         description = json.loads(files[DESCRIPTION_FILE])
-        version, kind, arguments = (description[key] for key in ("format_version", "kind", "arguments"))
+        found_version = description["format_version"]
+        if found_version != FORMAT_VERSION:
+            raise ArtifactError(
+                f"{DESCRIPTION_FILE} has format_version {found_version!r}; this software reads {FORMAT_VERSION}. "
+                "Fit a new quantizer by raising quantizer.version, or go back to the software that wrote it"
+            )
+        kind, arguments, version = (description[key] for key in ("kind", "arguments", "version"))
+        first_key, end_key = map(float, description["fit_keys"])
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{DESCRIPTION_FILE} is damaged: {error!r}") from None
-    if version != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{DESCRIPTION_FILE} has format_version {version!r}; this software reads {FORMAT_VERSION}"
-        )
     if kind not in kinds:
         raise ArtifactError(
             f"{DESCRIPTION_FILE} names the kind {kind!r}; this software knows {sorted(kinds)}"
@@ -160,10 +199,11 @@ def read_files(files: Mapping[str, bytes], kinds: Mapping[str, type[Quantizer]])
         if not torch.isfinite(tensors[name]).all():
             raise ArtifactError(f"{WEIGHTS_FILE}: tensor {name} holds NaN or infinity")
     quantizer.load_state_dict(tensors)
+    quantizer.fit_keys, quantizer.version = (first_key, end_key), int(version)
     return quantizer.requires_grad_(False).eval()
 
 
-def finite_float32(embedding_ND: np.ndarray, item_id: Sequence[Any] | None = None) -> np.ndarray:
+def finite_float32(embedding_ND: npt.NDArray[Any], item_id: Ids | None = None) -> npt.NDArray[np.float32]:
     """The embeddings as float32.
 
     Raises:

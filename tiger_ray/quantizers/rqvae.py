@@ -1,25 +1,40 @@
 """RQ-VAE: an autoencoder whose latent vector is a sum of one codeword per level.
 
-N items, B items in batch, L levels, C codewords per level, D embedding width, E latent width.
+B items in batch, M items in sample, L levels, C codewords per level, D embedding width, E latent width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+import math
+from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from tiger_ray.config import QuantizerSettings
-from tiger_ray.quantizers.base import Quantizer
-from tiger_ray.quantizers.residual_kmeans import kmeans, nearest, residual_codewords, sum_of_codewords
+from tiger_ray.quantizers.base import Log, Quantizer
+from tiger_ray.quantizers.points import Points, total_over_workers
+from tiger_ray.quantizers.residual_kmeans import (
+    kmeans,
+    nearest,
+    residual,
+    residual_codewords,
+    sum_of_codewords,
+)
 
-RESET_EVERY_EPOCHS = 10
-RESET_SHARE = 2 / 3
-"""Part of the training in which unused codewords are moved; afterwards all of them settle."""
+CHECK_EVERY_EPOCHS = 10
+"""Epochs between two looks at the held-out items, and between two rescues of unused codewords."""
+
+START_POINTS = 1 << 14
+"""Items whose latents the codebooks start from, and those that unused codewords are moved to."""
 
 
 class ResidualVae(Quantizer):
@@ -32,7 +47,8 @@ class ResidualVae(Quantizer):
         hidden_dims: widths of the encoder's hidden layers, mirrored in the decoder.
 
     Source: TIGER, Rajput et al. 2023, section 3.1; Lee et al. 2022. Unlike the paper: standardized input,
-    AdamW in place of Adagrad, unused codewords moved to residuals of random items.
+    AdamW in place of Adagrad, unused codewords moved to residuals of random items, and an end when the
+    reconstruction of held-out items no longer improves.
     """
 
     kind = "rqvae"
@@ -53,46 +69,52 @@ class ResidualVae(Quantizer):
         return super().arguments() | {"latent_dim": self.latent_dim, "hidden_dims": list(self.hidden_dims)}
 
     @classmethod
-    def fit(
-        cls, settings: QuantizerSettings, point_ND: Tensor, *, seed: int, log: Callable[[str], None]
-    ) -> ResidualVae:
-        """Weights and codebooks learned from standardized points (N, D) float32, on their device."""
-        generator = torch.Generator().manual_seed(seed)
+    def fit(cls, settings: QuantizerSettings, points: Points, *, seed: int, log: Log) -> ResidualVae:
+        """Weights and codebooks learned from the points of all workers, the same on each."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            level_sizes = (settings.codebook_size,) * settings.num_levels
-            model = cls(point_ND.shape[1], level_sizes, settings.latent_dim, settings.hidden_dims)
-        model.to(point_ND.device)
-        model._start_codebooks(point_ND, generator)
-        groups: list[dict[str, Any]] = [
-            {"params": [*model.encoder.parameters(), *model.decoder.parameters()]},
-            # Decay would pull codewords off the residuals they stand for.
-            {"params": list(model.codebooks), "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, settings.learning_rate, weight_decay=settings.weight_decay)
-        for epoch in range(settings.num_epochs):
-            total = torch.zeros(2, device=point_ND.device)
-            order_N = torch.randperm(len(point_ND), generator=generator).to(point_ND.device)
-            for rows_B in torch.split(order_N, settings.batch_size):
-                point_BD = point_ND[rows_B]
-                latent_BE, quantization_loss = model._quantize(point_BD, settings.commitment_weight)
-                reconstruction_loss = functional.mse_loss(model.decoder(latent_BE), point_BD)
+            model = cls(points.dim, settings.level_sizes, settings.latent_dim, settings.hidden_dims)
+        model.to(points.device)
+        sample_MD = points.sample(START_POINTS, seed)
+        held_out_MD = points.held_out(START_POINTS)
+        generator = torch.Generator().manual_seed(seed)
+        model.start_codebooks(sample_MD, generator)
+        rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        network = DistributedDataParallel(model, broadcast_buffers=False) if workers > 1 else model
+        optimizer = make_optimizer(model, settings)
+        schedule = ReduceLROnPlateau(optimizer, factor=0.3, patience=2, threshold=1e-3)
+        batches = points.batches(max(1, settings.batch_size // workers), seed * workers + rank)
+        steps_per_epoch = math.ceil(points.count / settings.batch_size)
+        best_loss, best_state = math.inf, copy.deepcopy(model.state_dict())
+        for epoch in range(1, settings.num_epochs + 1):
+            total = torch.zeros((), device=points.device)
+            for _ in range(steps_per_epoch):
+                loss = network(next(batches), settings.commitment_weight)
                 optimizer.zero_grad(set_to_none=True)
-                (reconstruction_loss + quantization_loss).backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
-                total += torch.stack([reconstruction_loss, quantization_loss]).detach() * len(rows_B)
-            if (epoch + 1) % RESET_EVERY_EPOCHS == 0 and epoch + 1 < RESET_SHARE * settings.num_epochs:
-                model._move_unused(point_ND, optimizer, generator)
-            if (epoch + 1) % max(1, settings.num_epochs // 10) == 0:
-                reconstruction, quantization = (total / len(point_ND)).tolist()
-                log(
-                    f"rqvae: epoch {epoch + 1} of {settings.num_epochs}, reconstruction loss "
-                    f"{reconstruction:.4f}, quantization loss {quantization:.4f}"
-                )
-        return model.requires_grad_(False)
+                total += loss.detach()
+            if epoch % CHECK_EVERY_EPOCHS and epoch < settings.num_epochs:
+                continue
+            train_loss = total_over_workers(total).item() / workers / steps_per_epoch
+            error = model.reconstruction_error(held_out_MD if len(held_out_MD) else sample_MD)
+            learning_rate = optimizer.param_groups[0]["lr"]
+            log(
+                f"rqvae: epoch {epoch} of at most {settings.num_epochs}, loss {train_loss:.4f}, "
+                f"reconstruction error of held-out items {error:.4f}, learning rate {learning_rate:.0e}"
+            )
+            if error < best_loss:
+                best_loss, best_state = error, copy.deepcopy(model.state_dict())
+            schedule.step(error)
+            if learning_rate == settings.learning_rate:
+                model.move_unused(sample_MD, optimizer, generator)
+            elif learning_rate < 0.01 * settings.learning_rate:
+                break
+        model.load_state_dict(best_state)
+        return model
 
-    def _quantize(self, point_BD: Tensor, commitment_weight: float) -> tuple[Tensor, Tensor]:
-        """Quantized latents (B, E) that pass gradients straight through, and the quantization loss."""
+    def forward(self, point_BD: Tensor, commitment_weight: float) -> Tensor:
+        """Training loss (): reconstruction, codebooks and commitment; gradients pass straight through."""
         latent_BE = self.encoder(point_BD)
         residual_BE, losses = latent_BE, []
         for codebook_CE in self.codebooks:
@@ -101,29 +123,44 @@ class ResidualVae(Quantizer):
             losses.append(functional.mse_loss(chosen_BE, residual_BE.detach()))
             losses.append(commitment_weight * functional.mse_loss(residual_BE, chosen_BE.detach()))
             residual_BE = residual_BE - chosen_BE.detach()
-        return latent_BE - residual_BE.detach(), torch.stack(losses).sum()
+        quantized_BE = latent_BE - residual_BE.detach()
+        losses.append(functional.mse_loss(self.decoder(quantized_BE), point_BD))
+        return torch.stack(losses).sum()
 
     @torch.no_grad()
-    def _start_codebooks(self, point_ND: Tensor, generator: torch.Generator) -> None:
-        residual_NE = self.encoder(point_ND)
+    def reconstruction_error(self, point_MD: Tensor) -> float:
+        """Mean squared error of points from their codewords."""
+        return functional.mse_loss(self._points(self._codewords(point_MD)), point_MD).item()
+
+    @torch.no_grad()
+    def start_codebooks(self, point_MD: Tensor, generator: torch.Generator) -> None:
+        """Each codebook becomes the k-means centers of the residuals of these points."""
+        residual_ME = self.encoder(point_MD)
         for codebook_CE in self.codebooks:
-            codebook_CE.copy_(kmeans(residual_NE, len(codebook_CE), num_iterations=10, generator=generator))
-            residual_NE -= codebook_CE[nearest(residual_NE, codebook_CE)]
+            one_block = partial(iter, [residual_ME])
+            centers_CE = kmeans(
+                one_block, residual_ME, len(codebook_CE), num_iterations=10, generator=generator
+            )
+            codebook_CE.copy_(centers_CE)
+            residual_ME = residual(residual_ME, [codebook_CE])
 
     @torch.no_grad()
-    def _move_unused(
-        self, point_ND: Tensor, optimizer: torch.optim.Optimizer, generator: torch.Generator
+    def move_unused(
+        self, point_MD: Tensor, optimizer: torch.optim.Optimizer, generator: torch.Generator
     ) -> None:
-        """Codewords that no item takes go to the residuals of random items."""
-        residual_NE = self.encoder(point_ND)
+        """Codewords that none of these points takes go to the residuals of random ones of them.
+
+        The points, and so what happens to the codebooks, are the same on every worker.
+        """
+        residual_ME = self.encoder(point_MD)
         for codebook_CE in self.codebooks:
-            codeword_N = nearest(residual_NE, codebook_CE)
-            unused = torch.nonzero(torch.bincount(codeword_N, minlength=len(codebook_CE)) == 0).flatten()
-            rows = torch.randint(len(point_ND), (len(unused),), generator=generator).to(point_ND.device)
-            codebook_CE[unused] = residual_NE[rows]
+            codeword_M = nearest(residual_ME, codebook_CE)
+            unused = torch.nonzero(torch.bincount(codeword_M, minlength=len(codebook_CE)) == 0).flatten()
+            rows = torch.randint(len(point_MD), (len(unused),), generator=generator).to(point_MD.device)
+            codebook_CE[unused] = residual_ME[rows]
             for moment in ("exp_avg", "exp_avg_sq"):
                 optimizer.state[codebook_CE][moment][unused] = 0.0
-            residual_NE -= codebook_CE[nearest(residual_NE, codebook_CE)]
+            residual_ME = residual(residual_ME, [codebook_CE])
 
     def _codewords(self, point_BD: Tensor) -> Tensor:
         return residual_codewords(self.encoder(point_BD), self.codebooks)
@@ -131,6 +168,15 @@ class ResidualVae(Quantizer):
     def _points(self, codewords_BL: Tensor) -> Tensor:
         point_BD: Tensor = self.decoder(sum_of_codewords(codewords_BL, self.codebooks))
         return point_BD
+
+
+def make_optimizer(model: ResidualVae, settings: QuantizerSettings) -> torch.optim.AdamW:
+    """AdamW; decay would pull codewords off the residuals they stand for."""
+    groups: list[dict[str, Any]] = [
+        {"params": [*model.encoder.parameters(), *model.decoder.parameters()]},
+        {"params": list(model.codebooks), "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, settings.learning_rate, weight_decay=settings.weight_decay)
 
 
 def _mlp(widths: Sequence[int]) -> nn.Sequential:

@@ -1,0 +1,156 @@
+"""Embeddings -> the frozen quantizer, fitted by workers that each see a share of the catalog.
+
+It is fitted on the first night and kept until `quantizer.version` is raised (or another quantizer setting
+changes), which starts a new ID space.
+
+B items in block, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import ray
+import torch
+
+from tiger_ray import quantizers
+from tiger_ray.config import Settings
+from tiger_ray.schemas import matrix_of
+from tiger_ray.shards import plain_errors
+from tiger_ray.stage import Computed, StageResult, run_stage
+from tiger_ray.storage import FileEntry, Manifest, Run, Storage
+from tiger_ray.workers import run_workers, this_worker
+
+QUANTIZER_FILES = ("quantizer.safetensors", "quantizer.json")
+
+BLOCK_ROWS = 65_536
+"""Embeddings that a worker reads at once."""
+
+
+def fit_quantizer(settings: Settings, storage: Storage, embeddings: Manifest) -> StageResult:
+    """Publish the artifact `quantizer`, unless one with these settings exists already.
+
+    The embeddings are not part of its fingerprint: new items must not move old ones.
+    """
+    return run_stage(
+        storage,
+        settings,
+        "quantizer",
+        inputs={},
+        sections={"quantizer": settings.quantizer},
+        source={"encoder": embeddings.metadata["encoder"], "dim": embeddings.metadata["dim"]},
+        compute=lambda run: _fit(run, settings, storage, embeddings),
+    )
+
+
+def load_quantizer(storage: Storage, manifest: Manifest) -> quantizers.Quantizer:
+    """The published quantizer, checked."""
+    return quantizers.load({name: storage.read_file(manifest, name) for name in QUANTIZER_FILES})
+
+
+def _fit(run: Run, settings: Settings, storage: Storage, embeddings: Manifest) -> Computed:
+    quantizer = settings.quantizer
+    done = run.finished()
+    if not all(name in done for name in QUANTIZER_FILES):
+        arguments = {"run": run, "settings": settings, "storage": storage, "embeddings": embeddings}
+        if quantizer.num_workers == 1:
+            # Nobody to meet: a plain task starts 8 s sooner than Ray Train.
+            alone = ray.remote(_fit_alone).options(
+                num_cpus=0 if quantizer.use_gpu else quantizer.cpus_per_worker,
+                num_gpus=int(quantizer.use_gpu),
+                max_retries=quantizer.max_failures,
+            )
+            with plain_errors():
+                ray.get(alone.remote(arguments))
+        else:
+            run_workers(
+                _fit_together,
+                arguments,
+                run=run,
+                name=f"{settings.date}-{run.fingerprint[:16]}",
+                num_workers=quantizer.num_workers,
+                cpus_per_worker=quantizer.cpus_per_worker,
+                use_gpu=quantizer.use_gpu,
+                max_failures=quantizer.max_failures,
+            )
+        done = run.finished()
+    entries = [done[name] for name in QUANTIZER_FILES]
+    level_sizes = quantizers.load({entry.name: run.read_file(entry) for entry in entries}).level_sizes
+    summary = f"{quantizer.kind}, {' x '.join(map(str, level_sizes)) or 'no'} codewords"
+    return entries, {"summary": summary, "level_sizes": list(level_sizes), "kind": quantizer.kind}
+
+
+def _fit_alone(arguments: dict[str, Any]) -> None:
+    settings = arguments["settings"].quantizer
+    torch.set_num_threads(max(1, int(settings.cpus_per_worker)))
+    _fit_share(arguments, 0, 1, "cuda" if settings.use_gpu else "cpu")
+
+
+def _fit_together(arguments: dict[str, Any]) -> None:
+    _fit_share(arguments, *this_worker(arguments["settings"].quantizer.cpus_per_worker))
+
+
+def _fit_share(arguments: dict[str, Any], rank: int, num_workers: int, device: Any) -> None:
+    settings = arguments["settings"]
+    blocks = EmbeddingBlocks(
+        arguments["storage"],
+        arguments["embeddings"],
+        rank,
+        num_workers,
+        settings.quantizer.memory_mb_per_worker << 20,
+    )
+
+    def log(line: str) -> None:
+        if rank == 0:
+            print(f"quantizer: {line}", flush=True)
+
+    quantizer = quantizers.fit(settings.quantizer, blocks, seed=settings.seed, device=device, log=log)
+    if rank == 0:
+        for name, data in quantizer.to_files().items():
+            arguments["run"].write_file(name, data)
+
+
+class EmbeddingBlocks(Sequence[npt.NDArray[np.float32]]):
+    """One worker's share of the published embeddings, (B, D) float32 each; read when asked for.
+
+    Args:
+        storage: where they are.
+        embeddings: the artifact.
+        rank: of this worker.
+        num_workers: in all; each has an equal run of rows.
+        memory: bytes of embeddings to keep; what is beyond is read again each time.
+    """
+
+    def __init__(
+        self, storage: Storage, embeddings: Manifest, rank: int, num_workers: int, memory: int
+    ) -> None:
+        self._storage, self._embeddings, self._memory = storage, embeddings, memory
+        self._kept: dict[int, npt.NDArray[np.float32]] = {}
+        first, end = (embeddings.rows * part // num_workers for part in (rank, rank + 1))
+        self._pieces: list[tuple[FileEntry, int, int]] = []
+        start = 0
+        for entry in embeddings.files:
+            low, high = max(first - start, 0), min(end - start, entry.rows)
+            for row in range(low, high, BLOCK_ROWS):
+                self._pieces.append((entry, row, min(row + BLOCK_ROWS, high)))
+            start += entry.rows
+        # A worker without rows still has to know the width.
+        self._pieces = self._pieces or [(embeddings.files[0], 0, 0)]
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, number: Any) -> Any:
+        if number in self._kept:
+            return self._kept[number]
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        entry, first, end = self._pieces[number]
+        table = self._storage.read_table(self._embeddings, entry, columns=["embedding"])
+        block = np.array(matrix_of(table.slice(first, end - first).column("embedding")))
+        if sum(kept.nbytes for kept in self._kept.values()) + block.nbytes <= self._memory:
+            self._kept[number] = block
+        return block
