@@ -31,7 +31,7 @@ def connect(settings: RaySettings) -> None:
     context.enable_progress_bars = shown
     context.print_on_execution_start = False
     # By default a keyed shuffle gathers a gigabyte in one process before it begins.
-    context.shuffle_input_batch_bytes = 64 << 20
+    context.shuffle_input_batch_bytes = 32 << 20
     # A spot node may die while an actor is still loading its weights.
     context.max_consecutive_actor_init_deaths = 3
     # Ray Data would wrap an error of ours in one that reaches the driver without its cause.

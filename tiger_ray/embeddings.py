@@ -193,7 +193,7 @@ class _EmbedShard:
         else:
             text_hash = stable_hash(items.column("text"))
             embedding, encoded = self._encode_changed(items, item_id, text_hash, shard)
-        self._refuse_bad_rows(embedding, items)
+        refuse_bad_rows(embedding, items, self._settings.encoder)
         dim = embedding.shape[1]
         table = pa.table(
             [
@@ -233,21 +233,32 @@ class _EmbedShard:
         table = self._storage.read_table(self._previous, shard.name)
         return table if table.num_rows else None
 
-    def _refuse_bad_rows(self, embedding: np.ndarray, items: pa.Table) -> None:
-        is_constant = (embedding == embedding[:, :1]).all(axis=1)
-        if "text" in items.column_names:
-            # An item without text has nothing to say, and the catalog bounds the share of those.
-            is_constant &= pc.not_equal(items.column("text"), "").to_numpy()
-        for bad, what in (
-            (~np.isfinite(embedding).all(axis=1), "not finite"),
-            (is_constant, "the same number in every dimension, which tells nothing"),
-        ):
-            if bad.any():
-                first = items.column("item_id").take(pa.array(np.flatnonzero(bad)[:10])).to_pylist()
-                raise DataError(
-                    f"{bad.sum():,} embeddings are {what}, those of items {', '.join(map(str, first))} among "
-                    f"them (encoder {self._settings.encoder}); fix the vectors, or the encoder"
-                )
+
+def refuse_bad_rows(embedding: np.ndarray, items: pa.Table, encoder: str) -> None:
+    """Refuse embeddings that no quantizer can use.
+
+    Args:
+        embedding: (N, D) float32.
+        items: columns item_id and, unless the vectors came with the catalog, text.
+        encoder: named in the error.
+
+    Raises:
+        DataError: names the items whose vector is not finite, or one number over and over.
+    """
+    is_constant = (embedding == embedding[:, :1]).all(axis=1)
+    if "text" in items.column_names:
+        # An item without text has nothing to say, and the catalog bounds the share of those.
+        is_constant &= pc.not_equal(items.column("text"), "").to_numpy()
+    for bad, what in (
+        (~np.isfinite(embedding).all(axis=1), "not finite"),
+        (is_constant, "the same number in every dimension, which tells nothing"),
+    ):
+        if bad.any():
+            first = items.column("item_id").take(pa.array(np.flatnonzero(bad)[:10])).to_pylist()
+            raise DataError(
+                f"{bad.sum():,} embeddings are {what}, those of items {', '.join(map(str, first))} among "
+                f"them (encoder {encoder}); fix the vectors, or the encoder"
+            )
 
 
 def _as_matrix(column: pa.ChunkedArray, shard: str) -> np.ndarray:

@@ -43,7 +43,7 @@ class ArtifactError(TigerError):
 
 
 class QualityError(TigerError):
-    """The model of this night did not pass the quality gate."""
+    """The Semantic IDs or the model of this night did not pass the quality gate."""
 
     exit_code = 4
 

@@ -39,8 +39,8 @@ from tiger_ray.shards import map_numbers, plain_errors, shard_number, write_part
 from tiger_ray.stage import Computed, StageResult, run_stage
 from tiger_ray.storage import FileEntry, Manifest, Run, Storage
 
-ROWS_PER_PARTITION = 2_000_000
-"""New items that are compared with each other in one place: 24 MB."""
+ROWS_PER_PARTITION = 1_000_000
+"""New items that are compared with each other in one place: 12 MB."""
 
 MAX_LOST_RACES = 10
 

@@ -59,6 +59,11 @@ def training_lengths(lengths: np.ndarray, held_out: int) -> np.ndarray:
     return np.where(lengths > held_out, lengths - held_out, lengths) if held_out else lengths
 
 
+def num_examples(lengths: np.ndarray, held_out: int) -> int:
+    """Training examples in histories of these lengths: every event that training may see, but the first."""
+    return int(np.maximum(training_lengths(lengths, held_out) - 1, 0).sum())
+
+
 def histories_of(events: pa.Table, max_events: int) -> pa.Table:
     """Group one shard's events into histories; an exact repeat of an event counts once.
 
@@ -217,8 +222,7 @@ class _Finish:
             "users_without_history": pc.sum(pc.equal(lengths, 0)).as_py(),
         }
         for holdout, held_out in (("leave_one_out", HELD_OUT), ("none", 0)):
-            seen = training_lengths(lengths.to_numpy(), held_out)
-            facts[f"examples_{holdout}"] = int(np.maximum(seen - 1, 0).sum())
+            facts[f"examples_{holdout}"] = num_examples(lengths.to_numpy(), held_out)
         return self._run.write_table(shard_name(shard), table, facts=facts)
 
 

@@ -13,7 +13,7 @@ from nights import ARTIFACTS, DATE, Night, contents, until
 
 from tiger_ray.storage import Manifest, Storage
 
-NUM_STEPS = 300
+NUM_STEPS = 120
 LONG = (f"--training.num_steps={NUM_STEPS}",)
 WORKER = re.compile(r"\(RayTrainWorker pid=(\d+)\)")
 RESUMED = re.compile(r"training resumes at step ([\d,]+)")

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 from worlds import MONDAY, published_dates, run_night, tiny_settings, write
 
+from tiger_ray import training
 from tiger_ray.errors import DataError, StorageError
 from tiger_ray.storage import Storage
 
@@ -250,14 +251,14 @@ def test_a_vector_column_of_changing_length(bad):
     )
 
 
-def test_no_user_with_two_events_to_train_on(bad_events):
-    once = pa.table({"user_id": ITEMS, "item_id": ITEMS, "timestamp": EVENTS.column("timestamp")[:20]})
-    bad_events.write(events=once).refused(
-        r"no training example: none of 20 users has two events that training may see",
-        until="model",
-        published=["catalog", "events", "embeddings", "quantizer", "semantic_ids", "sequences"],
-        training={"max_failures": 0},
-    )
+def test_no_user_with_two_events_to_train_on(night):
+    none = {f"examples_{holdout}": 0 for holdout in ("leave_one_out", "none")}
+    sequences = night["sequences"].model_copy(update={"metadata": {**night["sequences"].metadata, **none}})
+    settings = night.settings.model_copy(update={"date": "2026-12-24", "seed": 77})
+    users = sequences.metadata["users"]
+    with pytest.raises(DataError, match=rf"no training example: none of {users} users has two events that"):
+        training.run(settings, night.storage, sequences, night["semantic_ids"])
+    assert ("model", "2026-12-24") not in published_dates(night.storage)
 
 
 def test_a_root_that_cannot_be_written(tmp_path):

@@ -256,3 +256,18 @@ def test_best_places_are_those_of_a_stable_sort(scores, data):
 def test_ranges_follow_one_another():
     assert ranges(np.array([5, 0, 9]), np.array([2, 3, 1])).tolist() == [5, 6, 0, 1, 2, 9]
     assert ranges(np.array([7]), np.array([0])).tolist() == []
+
+
+def test_ids_of_one_code_are_decoded_too():
+    """Flat ids: each item is one token."""
+    torch.manual_seed(1)
+    sizes = {"num_layers": 1, "d_model": 16, "num_heads": 2, "d_kv": 8, "d_ff": 24}
+    model = TigerModel(ModelSettings(**sizes), Vocabulary((40,))).eval()
+    codes_NI = np.random.default_rng(0).permutation(40).astype(np.int16)[:30, None]
+    item_index, lengths_B = histories_of(2, 3, 30)
+    decoder = Decoder(model, codes_NI, np.arange(30) % 4 > 0, DecodingSettings(beam_width=10))
+    found_BK, score_BK = decoder.recommend(item_index, lengths_B, None, 10)
+    for user, history in enumerate(split(item_index, lengths_B)):
+        expected_N = np.where(np.arange(30) % 4 > 0, score_every_item(model, codes_NI, history), -np.inf)
+        assert found_BK[user].tolist() == np.argsort(-expected_N)[:10].tolist()
+        np.testing.assert_allclose(score_BK[user], np.sort(expected_N)[::-1][:10], atol=1e-4)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiger_ray import schemas
 from tiger_ray.config import EventsSettings, SequencesSettings
 from tiger_ray.hashing import shard_of, stable_hash
-from tiger_ray.sequences import histories_of, prepare_events, training_lengths
+from tiger_ray.sequences import histories_of, num_examples, prepare_events, training_lengths
 
 ITEMS = ["i0", "i1", "i2", "i3", "i4"]
 TIES = [3, 0, 4, 1, 2]
@@ -169,3 +169,10 @@ def test_a_user_with_a_million_events_is_cut_before_the_shuffle():
     prepared = prepare_events(events, *settings, items)
 
     assert sorted(prepared.column("timestamp").to_pylist()) == list(range(count - 10, count))
+
+
+def test_examples_are_the_seen_events_but_the_first():
+    lengths = np.array([0, 1, 2, 3, 4, 9])
+    assert num_examples(lengths, 0) == 0 + 0 + 1 + 2 + 3 + 8
+    # Two events: too few to hide any. Three: one is left, and predicts nothing. Four: one example.
+    assert num_examples(lengths, 2) == 0 + 0 + 1 + 0 + 1 + 6

@@ -80,7 +80,7 @@ class ResidualVae(Quantizer):
         generator = torch.Generator().manual_seed(seed)
         model.start_codebooks(sample_MD, generator)
         rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        network = DistributedDataParallel(model, broadcast_buffers=False) if workers > 1 else model
+        network = DistributedDataParallel(model) if workers > 1 else model
         optimizer = make_optimizer(model, settings)
         schedule = ReduceLROnPlateau(optimizer, factor=0.3, patience=2, threshold=1e-3)
         batches = points.batches(max(1, settings.batch_size // workers), seed * workers + rank)

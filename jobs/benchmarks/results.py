@@ -1,0 +1,55 @@
+"""The one shape of every benchmark file: hardware, settings, and claims of name, value, unit and spread."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class Claims:
+    """Measured claims, printed as they come and written as JSON at the end."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._settings, self._claims = dict(settings), list[dict[str, Any]]()
+
+    def add(self, name: str, values: float | Sequence[float], unit: str, target: str = "") -> float:
+        """Record the median of `values`, with their least and largest as the spread; returns the median."""
+        several = list(values) if isinstance(values, Sequence) else [values]
+        value = statistics.median(several)
+        spread = [min(several), max(several)] if len(several) > 1 else None
+        self._claims.append({"name": name, "value": value, "unit": unit, "spread": spread})
+        shown = f" ({spread[0]:.4g} to {spread[1]:.4g})" if spread else ""
+        print(f"{name:<36}{value:>12.4g} {unit}{shown}{f'   target {target}' if target else ''}", flush=True)
+        return value
+
+    def write(self, file: str | None) -> None:
+        """Write everything to `file`, if one is given."""
+        if file:
+            whole = {"hardware": hardware(), "settings": self._settings, "claims": self._claims}
+            Path(file).write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def hardware() -> dict[str, Any]:
+    """What a reader needs in order to compare: processor, cores, memory, accelerator, versions."""
+    import numpy
+    import pyarrow
+    import torch
+
+    models = [
+        line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
+    ]
+    return {
+        "cpu": models[0].split(":")[1].strip() if models else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "pyarrow": pyarrow.__version__,
+    }
