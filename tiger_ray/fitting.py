@@ -26,9 +26,6 @@ from tiger_ray.workers import run_workers, this_worker
 
 QUANTIZER_FILES = ("quantizer.safetensors", "quantizer.json")
 
-BLOCK_ROWS = 65_536
-"""Embeddings that a worker reads at once."""
-
 
 def fit_quantizer(settings: Settings, storage: Storage, embeddings: Manifest) -> StageResult:
     """Publish the artifact `quantizer`, unless one with these settings exists already.
@@ -95,47 +92,40 @@ def _fit_together(arguments: dict[str, Any]) -> None:
 
 def _fit_share(arguments: dict[str, Any], rank: int, num_workers: int, device: Any) -> None:
     settings = arguments["settings"]
-    blocks = EmbeddingBlocks(
-        arguments["storage"],
-        arguments["embeddings"],
-        rank,
-        num_workers,
-        settings.quantizer.memory_mb_per_worker << 20,
-    )
+    blocks = EmbeddingBlocks(arguments["storage"], arguments["embeddings"], rank, num_workers)
 
     def log(line: str) -> None:
         if rank == 0:
             print(f"quantizer: {line}", flush=True)
 
-    quantizer = quantizers.fit(settings.quantizer, blocks, seed=settings.seed, device=device, log=log)
+    rows = arguments["embeddings"].rows
+    quantizer = quantizers.fit(
+        settings.quantizer, blocks, seed=settings.seed, rows=rows, device=device, log=log
+    )
     if rank == 0:
         for name, data in quantizer.to_files().items():
             arguments["run"].write_file(name, data)
 
 
 class EmbeddingBlocks(Sequence[npt.NDArray[np.float32]]):
-    """One worker's share of the published embeddings, (B, D) float32 each; read when asked for.
+    """One worker's share of the published embeddings, (B, D) float32 each; read from storage when asked for.
 
     Args:
         storage: where they are.
         embeddings: the artifact.
         rank: of this worker.
         num_workers: in all; each has an equal run of rows.
-        memory: bytes of embeddings to keep; what is beyond is read again each time.
     """
 
-    def __init__(
-        self, storage: Storage, embeddings: Manifest, rank: int, num_workers: int, memory: int
-    ) -> None:
-        self._storage, self._embeddings, self._memory = storage, embeddings, memory
-        self._kept: dict[int, npt.NDArray[np.float32]] = {}
+    def __init__(self, storage: Storage, embeddings: Manifest, rank: int, num_workers: int) -> None:
+        self._storage, self._embeddings = storage, embeddings
         first, end = (embeddings.rows * part // num_workers for part in (rank, rank + 1))
         self._pieces: list[tuple[FileEntry, int, int]] = []
         start = 0
         for entry in embeddings.files:
             low, high = max(first - start, 0), min(end - start, entry.rows)
-            for row in range(low, high, BLOCK_ROWS):
-                self._pieces.append((entry, row, min(row + BLOCK_ROWS, high)))
+            if low < high:
+                self._pieces.append((entry, low, high))
             start += entry.rows
         # A worker without rows still has to know the width.
         self._pieces = self._pieces or [(embeddings.files[0], 0, 0)]
@@ -144,13 +134,8 @@ class EmbeddingBlocks(Sequence[npt.NDArray[np.float32]]):
         return len(self._pieces)
 
     def __getitem__(self, number: Any) -> Any:
-        if number in self._kept:
-            return self._kept[number]
         if not 0 <= number < len(self):
             raise IndexError(number)
         entry, first, end = self._pieces[number]
         table = self._storage.read_table(self._embeddings, entry, columns=["embedding"])
-        block = np.array(matrix_of(table.slice(first, end - first).column("embedding")))
-        if sum(kept.nbytes for kept in self._kept.values()) + block.nbytes <= self._memory:
-            self._kept[number] = block
-        return block
+        return np.array(matrix_of(table.slice(first, end - first).column("embedding")))

@@ -78,7 +78,12 @@ def load_semantic_ids(storage: Storage, manifest: Manifest) -> SemanticIds:
     segments = (storage.read_table(manifest, entry) for entry in _segments(manifest))
     eligible = storage.read_table(manifest, "eligible.parquet").column("eligible").combine_chunks()
     level_sizes = tuple(manifest.metadata["level_sizes"])
-    return SemanticIds.from_segments([_memory_mapped(segments)], level_sizes, eligible)
+    mapped = _memory_mapped(segments)
+    pieces = [pa.Table.from_batches([batch]) for batch in mapped.to_batches()] or [mapped]
+    ids = SemanticIds.from_segments(pieces, level_sizes, eligible)
+    # What reading took, Arrow would keep for later: more than the registry itself.
+    pa.default_memory_pool().release_unused()
+    return ids
 
 
 def load_item_ids(storage: Storage, manifest: Manifest) -> pa.ChunkedArray:

@@ -326,16 +326,18 @@ def write_catalog(run: Any, num_shards: int, items: int, shard: int) -> Any:
 
 
 def write_embeddings(run: Any, num_shards: int, items: int, shard: int) -> Any:
-    """One shard of the planted embeddings: three levels of 256 codewords, each half as long, and noise."""
+    """One shard of the planted embeddings: three levels of 256 codewords, and noise in all dimensions."""
     from tiger_ray.hashing import mixed, stable_hash
     from tiger_ray.shards import shard_name
 
     ids = shard_ids(num_shards, items, shard)
     key = stable_hash(pa.array(ids))
-    codebook_LCD = np.random.default_rng(0).normal(size=(3, 256, DIM)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    # Few true dimensions, as text embeddings have: otherwise no codebook of this size could tell items apart.
+    codebook_LCD = (rng.normal(size=(3, 256, 12)) @ rng.normal(size=(12, DIM))).astype(np.float32)
     embedding = np.random.default_rng(shard).normal(scale=0.02, size=(len(ids), DIM)).astype(np.float32)
     for level in range(3):
-        embedding += codebook_LCD[level][(mixed(key, level) % np.uint64(256)).astype(np.int64)] / 2**level
+        embedding += codebook_LCD[level][(mixed(key, level) % np.uint64(256)).astype(np.int64)]
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(embedding.ravel()), DIM)
     return run.write_table(shard_name(shard), pa.table({"item_id": ids, "embedding": vectors}))
 
@@ -357,11 +359,13 @@ def watched() -> Iterator[Watch]:
             ours = [pid for pid in pids if pid == os.getpid() or _command(pid).startswith(b"ray::")]
             watch.peak_mib = max([watch.peak_mib, *map(private_mib, ours)])
 
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=look, daemon=True)
     thread.start()
-    yield watch
-    done.set()
-    thread.join()
+    try:
+        yield watch
+    finally:
+        done.set()
+        thread.join()
 
 
 def _command(pid: int) -> bytes:

@@ -38,6 +38,7 @@ def fit(
     blocks: Sequence[npt.NDArray[np.float32]],
     *,
     seed: int,
+    rows: int | None = None,
     device: Any = "cpu",
     log: Log = _logger.info,
 ) -> Quantizer:
@@ -48,6 +49,7 @@ def fit(
         blocks: (B, D) float32 each, together this worker's share of the embeddings, at least one; it is passed
             over many times, and may read from storage each time.
         seed: decides everything random.
+        rows: items of all workers, if known; otherwise one more pass counts them.
         device: where to learn; the quantizer stays there.
         log: takes one line of progress at a time.
 
@@ -57,7 +59,7 @@ def fit(
     Raises:
         DataError: an embedding holds NaN or infinity, or there are too few different ones.
     """
-    points = Points(blocks, settings, device)
+    points = Points(blocks, settings, device, rows)
     quantizer = KINDS[settings.kind].fit(settings, points, seed=seed, log=log).to(points.device)
     quantizer.mean_D.copy_(points.mean_D)
     quantizer.scale_D.copy_(points.scale_D)

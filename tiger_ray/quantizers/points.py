@@ -40,16 +40,24 @@ class Points:
         blocks: (B, D) float32 arrays, together this worker's share; may be read from storage on each pass.
         settings: `sample_size` and `validation_share` decide which items are learned from.
         device: where the points are wanted.
+        rows: items of all workers, if that is known; otherwise the blocks are read once to count them.
 
     Raises:
         DataError: an embedding holds NaN or infinity, or there are too few different ones.
     """
 
     def __init__(
-        self, blocks: Sequence[npt.NDArray[np.float32]], settings: QuantizerSettings, device: Any
+        self,
+        blocks: Sequence[npt.NDArray[np.float32]],
+        settings: QuantizerSettings,
+        device: Any,
+        rows: int | None = None,
     ) -> None:
-        self._blocks, self._settings, self.device = blocks, settings, torch.device(device)
-        rows = _sum_of_counts([len(block) for block in blocks])
+        self._blocks, self.device = blocks, torch.device(device)
+        self._memory = settings.memory_mb_per_worker << 20
+        self._kept = dict[int, npt.NDArray[np.float32]]()
+        if rows is None:
+            rows = _sum_of_counts([len(block) for block in blocks])
         self.fit_keys = _fit_keys(settings, rows)
         """First key and end of the keys of items that are learned from; the items below are held out."""
         self._refuse_useless(max(settings.level_sizes) if settings.kind in LEARNING_KINDS else 1)
@@ -88,7 +96,7 @@ class Points:
     def held_out(self, size: int) -> Tensor:
         """Points that nothing is learned from, as `sample`; empty with `validation_share` 0."""
         first, _ = self.fit_keys
-        return self._lowest(self._with_keys(0, first), size, 0)
+        return self._lowest((_select(block, 0, first) for block in self._blocks), size, 0)
 
     def batches(self, size: int, seed: int) -> Iterator[Tensor]:
         """This worker's points in random batches of (size, D), epoch after epoch without end."""
@@ -105,7 +113,7 @@ class Points:
     def _windows(self, order: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.float32]]:
         window: list[npt.NDArray[np.float32]] = []
         for number in order:
-            window.append(_select(self._blocks[number], *self.fit_keys))
+            window.append(self._fit_rows(int(number)))
             if sum(map(len, window)) >= WINDOW_ROWS:
                 yield np.concatenate(window)
                 window = []
@@ -113,11 +121,17 @@ class Points:
             yield np.concatenate(window)
 
     def _fitted(self) -> Iterator[npt.NDArray[np.float32]]:
-        return self._with_keys(*self.fit_keys)
+        return (self._fit_rows(number) for number in range(len(self._blocks)))
 
-    def _with_keys(self, first: float, end: float) -> Iterator[npt.NDArray[np.float32]]:
-        for block in self._blocks:
-            yield _select(block, first, end)
+    def _fit_rows(self, number: int, block: npt.NDArray[np.float32] | None = None) -> npt.NDArray[np.float32]:
+        """Rows of one block that are learned from; kept, as long as there is room."""
+        if number in self._kept:
+            return self._kept[number]
+        rows = _select(self._blocks[number] if block is None else block, *self.fit_keys)
+        if rows.nbytes <= self._memory:
+            self._memory -= rows.nbytes
+            self._kept[number] = rows
+        return rows
 
     def _lowest(self, blocks: Iterator[npt.NDArray[np.float32]], size: int, seed: int) -> Tensor:
         """The `size` rows of all workers whose keys, mixed with the seed, are lowest."""
@@ -132,10 +146,10 @@ class Points:
     def _refuse_useless(self, wanted: int) -> None:
         rows, bad = 0, list[int]()
         keys = np.empty(0, np.uint64)
-        for block in self._blocks:
+        for number, block in enumerate(self._blocks):
             bad += (rows + np.flatnonzero(~np.isfinite(block).all(axis=1))[:10]).tolist()
             rows += len(block)
-            keys = np.unique(np.concatenate([keys, row_hash(_select(block, *self.fit_keys))]))[: wanted + 1]
+            keys = np.unique(np.concatenate([keys, row_hash(self._fit_rows(number, block))]))[: wanted + 1]
         bad_everywhere = [row for worker in gathered([bad]) for row in worker]
         if bad_everywhere:
             raise DataError(
