@@ -56,6 +56,7 @@ WITHOUT_RAY = (
     "faults",
     "config",
     "hashing",
+    "hashing",
     "schemas",
     "stores",
     "storage",
