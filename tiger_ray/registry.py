@@ -4,8 +4,8 @@ Every night quantizes only the items that are new, with the same frozen quantize
 ID for good, also while it is gone from the catalog.
 
 Artifact `semantic_ids`: `segment-*-shard-*.parquet` (item_index, item_id, codes), one set per append, never
-rewritten; `counts.json`, items per code; `eligible.parquet`, one boolean per item_index: may it be
-recommended tonight; `report.json`. The chain of appends has a head, moved by compare-and-swap, so that two
+rewritten; `counts-*.json`, items per code; `eligible.parquet`, one boolean per item_index: may it be
+recommended tonight; `report-*.json`. The chain of appends has a head, moved by compare-and-swap, so that two
 nights that append at the same time come one after the other.
 
 No process sees the whole catalog but as counts and one bit per item. Catalog, embeddings and segments are
@@ -91,6 +91,12 @@ def load_item_ids(storage: Storage, manifest: Manifest) -> pa.ChunkedArray:
     entries = _segments(manifest)
     tables = (storage.read_table(manifest, entry, columns=["item_id"]) for entry in entries)
     return _memory_mapped(tables).column("item_id")
+
+
+def load_report(storage: Storage, manifest: Manifest) -> dict[str, Any]:
+    """The ID report, see `semantic_ids.id_report`, and under `sample` that of `semantic_ids.sample_report`."""
+    report: dict[str, Any] = json.loads(storage.read_file(manifest, _newest(manifest, "report")))
+    return report
 
 
 def id_space(manifest: Manifest) -> str:
@@ -179,8 +185,9 @@ class _Night:
         files = [
             *(_segments(head) if head is not None else []),
             *segment,
-            self.run.write_file("counts.json", json.dumps(counts).encode()),
-            self.run.write_file("report.json", json.dumps(report, indent=2).encode()),
+            # Numbered, because a run that loses a race writes them again, and the first file of a name stays.
+            self.run.write_file(f"counts-{number:05d}.json", json.dumps(counts).encode()),
+            self.run.write_file(f"report-{number:05d}.json", json.dumps(report, indent=2).encode()),
         ]
         return self.run.as_manifest(
             files,
@@ -421,7 +428,7 @@ def _report_on_worker(
     run, storage, level_sizes = night.run, night.storage, night.level_sizes
     counts = [np.zeros(size, np.int64) for size in level_sizes]
     if head is not None:
-        counts = [np.array(level) for level in json.loads(storage.read_file(head, "counts.json"))]
+        counts = [np.array(level) for level in json.loads(storage.read_file(head, _newest(head, "counts")))]
     for entry in segment:
         codes_MI = semantic_ids.codes_of(run.read_table(entry, columns=["codes"]), level_sizes)
         counts = [
@@ -519,6 +526,10 @@ def _segments(manifest: Manifest) -> list[FileEntry]:
     return sorted(
         (entry for entry in manifest.files if entry.name.startswith("segment-")), key=lambda entry: entry.name
     )
+
+
+def _newest(link: Manifest, what: str) -> FileEntry:
+    return max((entry for entry in link.files if entry.name.startswith(f"{what}-")), key=lambda e: e.name)
 
 
 def _overlapping(link: Manifest, shard: int, num_shards: int) -> list[FileEntry]:
