@@ -222,7 +222,8 @@ class SemanticIdsSettings(Section):
     max_disambiguated_share: Share = operational(0.5)
     """Stop the night if more than this share of the items shares all codewords with an earlier item."""
     report_sample_size: Count = 65_536
-    """Items that reconstruction error, category purity and coverage are measured on, about so many."""
+    """Items that reconstruction error, category purity and coverage are measured on: so many, and up to the end
+    of their catalog file."""
 
 
 class SequencesSettings(Section):

@@ -63,16 +63,7 @@ def _fit(run: Run, settings: Settings, storage: Storage, embeddings: Manifest) -
             with plain_errors():
                 ray.get(alone.remote(arguments))
         else:
-            run_workers(
-                _fit_together,
-                arguments,
-                run=run,
-                name=f"{settings.date}-{run.fingerprint[:16]}",
-                num_workers=quantizer.num_workers,
-                cpus_per_worker=quantizer.cpus_per_worker,
-                use_gpu=quantizer.use_gpu,
-                max_failures=quantizer.max_failures,
-            )
+            run_workers(_fit_together, arguments, run=run, date=settings.date, settings=quantizer)
         done = run.finished()
     entries = [done[name] for name in QUANTIZER_FILES]
     level_sizes = quantizers.load({entry.name: run.read_file(entry) for entry in entries}).level_sizes

@@ -153,16 +153,7 @@ class _Night:
     def _append(self, head: Manifest | None) -> Manifest:
         """The head with tonight's new items behind it; the head itself if there are none."""
         number = 0 if head is None else 1 + max(int(entry.facts["segment"]) for entry in _segments(head))
-        encode = _EncodeNewItems(
-            self.run,
-            self.storage,
-            self.embeddings,
-            self.quantizer,
-            head,
-            self.num_shards,
-            number,
-            self.run.finished(),
-        )
+        encode = _EncodeNewItems(self, head, number, self.run.finished())
         with plain_errors():
             encoded = ray.get(map_numbers(len(self.embeddings.files), encode))
         crash_point("semantic_ids.encoded")
@@ -211,8 +202,7 @@ class _Night:
         rows = sum(shard.entry.rows for shard in shards)
         if head is not None:
             touched = ray.remote(_touched_prefixes).remote(self.run, shards)
-            old = _OldPrefixes(self.storage, head, self.level_sizes, touched)
-            prefixes += map_numbers(len(_segments(head)), old)
+            prefixes += map_numbers(len(_segments(head)), _OldPrefixes(self, head, touched))
         starts = [shard.first for shard in shards]
         dataset = ray.data.from_arrow_refs(prefixes)
         numbered = dataset.repartition(-(-rows // ROWS_PER_PARTITION) or 1, keys=["prefix"]).map_batches(
@@ -226,14 +216,14 @@ class _Night:
         everyone = ray.data.from_arrow(_numbers(np.arange(len(shards)), nothing, nothing))
         return write_partitions(
             numbered.union(everyone),
-            _WriteSegment(self.run, shards, number, self.num_shards, self.level_sizes),
+            _WriteSegment(self, shards, number),
             num_shards=len(shards),
         )
 
     def _publishable(self, link: Manifest) -> Computed:
         """Everything the night publishes, once its items are in the chain."""
         segments = _segments(link)
-        bits = map_numbers(len(segments), _Eligible(self.storage, link, self.catalog, self.num_shards))
+        bits = map_numbers(len(segments), _Eligible(self, link))
         write = ray.remote(_write_eligible)
         with plain_errors():
             entry, eligible = ray.get(write.remote(self.run, segments, bits))
@@ -275,12 +265,8 @@ class _NewShard:
 class _EncodeNewItems:
     """Writes ids and prefixes of the items of one shard that the registry does not hold yet."""
 
-    run: Run
-    storage: Storage
-    embeddings: Manifest
-    quantizer: Manifest
+    night: _Night
     head: Manifest | None
-    num_shards: int
     segment: int
     finished: dict[str, FileEntry]
 
@@ -288,25 +274,28 @@ class _EncodeNewItems:
         # Here, because most workers that import this module need no torch, which takes seconds to import.
         from tiger_ray.fitting import load_quantizer
 
-        shard = self.embeddings.files[number]
+        night, storage = self.night, self.night.storage
+        shard = night.embeddings.files[number]
         name = f"new-{self.segment:05d}-{shard.name}"
         if name in self.finished:
             return self.finished[name]
-        table = self.storage.read_table(self.embeddings, shard, columns=["item_id", "embedding"])
+        table = storage.read_table(night.embeddings, shard, columns=["item_id", "embedding"])
         if self.head is not None:
-            for old in _overlapping(self.head, shard_number(shard), self.num_shards):
-                known = self.storage.read_table(self.head, old, columns=["item_id"]).column("item_id")
+            for old in _overlapping(self.head, shard_number(shard), night.num_shards):
+                known = storage.read_table(self.head, old, columns=["item_id"]).column("item_id")
                 table = table.filter(pc.invert(pc.is_in(table.column("item_id"), value_set=known)))
         table = table.take(pa.array(semantic_ids.registration_order(table.column("item_id"))))
         item_id = table.column("item_id").combine_chunks()
-        quantizer = load_quantizer(self.storage, self.quantizer)
+        quantizer = load_quantizer(storage, night.quantizer)
         codewords_ML = quantizer.encode(matrix_of(table.column("embedding")), item_id)
-        prefix_M = semantic_ids.prefixes(codewords_ML, (*quantizer.level_sizes, 1))
-        return self.run.write_table(name, pa.table({"item_id": item_id, "prefix": prefix_M}))
+        prefix_M = semantic_ids.prefixes(codewords_ML, night.level_sizes)
+        return night.run.write_table(name, pa.table({"item_id": item_id, "prefix": prefix_M}))
 
 
 @dataclass(frozen=True)
 class _NewPrefixes:
+    """Prefix and item_index of the new items of one shard."""
+
     run: Run
     shards: list[_NewShard]
 
@@ -324,19 +313,18 @@ def _touched_prefixes(run: Run, shards: list[_NewShard]) -> npt.NDArray[np.int64
 
 @dataclass(frozen=True)
 class _OldPrefixes:
-    storage: Storage
+    """Prefix and item_index of the items of one file of the registry that new items may collide with."""
+
+    night: _Night
     head: Manifest
-    level_sizes: tuple[int, ...]
     touched: ray.ObjectRef
 
     def __call__(self, number: int) -> pa.Table:
-        entry = _segments(self.head)[number]
-        segment = self.storage.read_table(self.head, entry, columns=["item_index", "codes"])
-        codes_NI = semantic_ids.codes_of(segment, self.level_sizes)
-        prefix_N = semantic_ids.prefixes(codes_NI[:, :-1], self.level_sizes)
-        touched = ray.get(self.touched)
-        place_N = np.searchsorted(touched, prefix_N).clip(max=max(len(touched) - 1, 0))
-        kept = np.flatnonzero(touched[place_N] == prefix_N) if len(touched) else np.empty(0, np.int64)
+        entry, level_sizes = _segments(self.head)[number], self.night.level_sizes
+        segment = self.night.storage.read_table(self.head, entry, columns=["item_index", "codes"])
+        codes_NI = semantic_ids.codes_of(segment, level_sizes)
+        prefix_N = semantic_ids.prefixes(codes_NI[:, :-1], level_sizes)
+        kept = np.flatnonzero(np.isin(prefix_N, ray.get(self.touched)))
         return pa.table({"prefix": prefix_N[kept], "item_index": segment["item_index"].to_numpy()[kept]})
 
 
@@ -366,25 +354,23 @@ def _numbers(shard: Any, item_index: Any, disambiguator: Any) -> pa.Table:
 class _WriteSegment:
     """Writes the new items of one shard with their Semantic IDs."""
 
-    run: Run
+    night: _Night
     shards: list[_NewShard]
     segment: int
-    num_shards: int
-    level_sizes: tuple[int, ...]
 
     def __call__(self, numbers: pa.Table, place: int) -> FileEntry:
-        shard = self.shards[place]
-        table = self.run.read_table(shard.entry)
+        night, shard = self.night, self.shards[place]
+        table = night.run.read_table(shard.entry)
         disambiguator_M = np.zeros(table.num_rows, np.int16)
         numbers = numbers.filter(pc.field("item_index") >= 0)
         row = numbers.column("item_index").to_numpy() - shard.first
         disambiguator_M[row] = numbers.column("disambiguator").to_numpy()
-        codewords_ML = semantic_ids.codewords_of(table.column("prefix").to_numpy(), self.level_sizes)
+        codewords_ML = semantic_ids.codewords_of(table.column("prefix").to_numpy(), night.level_sizes)
         segment = semantic_ids.segment_of(shard.first, table.column("item_id"), codewords_ML, disambiguator_M)
-        return self.run.write_table(
+        return night.run.write_table(
             f"segment-{self.segment:05d}-shard-{shard.number:05d}.parquet",
             segment,
-            facts={"segment": self.segment, "shard": shard.number, "shards": self.num_shards},
+            facts={"segment": self.segment, "shard": shard.number, "shards": night.num_shards},
         )
 
 
@@ -392,18 +378,16 @@ class _WriteSegment:
 class _Eligible:
     """Which items of one file of the registry are in tonight's catalog, and available: one bit each."""
 
-    storage: Storage
-    head: Manifest
-    catalog: Manifest
-    num_shards: int
+    night: _Night
+    link: Manifest
 
     def __call__(self, place: int) -> npt.NDArray[np.uint8]:
-        entry = _segments(self.head)[place]
-        item_id = self.storage.read_table(self.head, entry, columns=["item_id"]).column("item_id")
+        night, entry = self.night, _segments(self.link)[place]
+        item_id = night.storage.read_table(self.link, entry, columns=["item_id"]).column("item_id")
         eligible = np.zeros(len(item_id), bool)
-        for shard in self.catalog.files:
-            if _overlap(shard_number(shard), self.num_shards, entry):
-                items = self.storage.read_table(self.catalog, shard, columns=["item_id", "available"])
+        for shard in night.catalog.files:
+            if _overlap(shard_number(shard), night.num_shards, entry):
+                items = night.storage.read_table(night.catalog, shard, columns=["item_id", "available"])
                 items = items.filter(pc.field("available"))
                 found = pc.is_in(item_id, value_set=items.column("item_id").cast(item_id.type))
                 eligible |= found.to_numpy()
@@ -441,18 +425,19 @@ def _report_on_worker(
 
 
 def _sample_report(night: _Night, head: Manifest | None, segment: list[FileEntry]) -> dict[str, Any]:
-    """On the items of the first shards: a shard is a range of a hash, and so a random part of the catalog."""
+    """On the items of the first shards: a shard is a range of a hash, and so a random part of the catalog.
+
+    Whole shards, because the items of one are sorted by id.
+    """
     from tiger_ray.fitting import load_quantizer
 
     storage, size = night.storage, night.settings.semantic_ids.report_sample_size
     quantizer = load_quantizer(storage, night.quantizer)
     parts = list[tuple[Any, ...]]()
     for shard in night.embeddings.files:
-        embedded = storage.read_table(night.embeddings, shard, columns=["item_id", "embedding"])
-        wanted = size - sum(len(part[0]) for part in parts)
-        embedded = embedded.slice(0, max(wanted, 0))
-        if not embedded.num_rows:
+        if sum(len(part[0]) for part in parts) >= size:
             break
+        embedded = storage.read_table(night.embeddings, shard, columns=["item_id", "embedding"])
         item_id = embedded.column("item_id")
         codes, learned = _codes_by_id(night, head, segment, shard_number(shard), item_id)
         items = storage.read_table(night.catalog, shard.name, columns=["item_id", "category"])

@@ -379,22 +379,13 @@ def _compute(
                 f"no training example: none of {sequences.metadata['users']:,} users has two events that "
                 f"training may see (training.holdout is {training.holdout!r})"
             )
-        run_workers(
-            _train_worker,
-            {
-                "settings": settings,
-                "storage": storage,
-                "sequences": sequences,
-                "semantic_ids": semantic_ids,
-            },
-            run=run,
-            # A run of this name on this storage is resumed silently, so the name is the night's own.
-            name=f"{settings.date}-{run.fingerprint[:16]}",
-            num_workers=training.num_workers,
-            cpus_per_worker=training.cpus_per_worker,
-            use_gpu=training.use_gpu,
-            max_failures=training.max_failures,
-        )
+        arguments = {
+            "settings": settings,
+            "storage": storage,
+            "sequences": sequences,
+            "semantic_ids": semantic_ids,
+        }
+        run_workers(_train_worker, arguments, run=run, date=settings.date, settings=training)
         done = run.finished()
     curve = json.loads(run.read_file(done["curve.json"]))
     final = curve[-1]

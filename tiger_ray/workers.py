@@ -10,8 +10,12 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tiger_ray.config import QuantizerSettings, TrainingSettings
 from tiger_ray.errors import TigerError
 from tiger_ray.storage import Run
+
+WorkerSettings = QuantizerSettings | TrainingSettings
+"""Sections that say how many workers there are, and what each of them gets."""
 
 
 def run_workers(
@@ -19,11 +23,8 @@ def run_workers(
     arguments: Mapping[str, Any],
     *,
     run: Run,
-    name: str,
-    num_workers: int,
-    cpus_per_worker: float,
-    use_gpu: bool,
-    max_failures: int,
+    date: str,
+    settings: WorkerSettings,
 ) -> None:
     """Run `work(arguments)` on every worker, until all have returned.
 
@@ -31,11 +32,8 @@ def run_workers(
         work: gets `arguments` as one dictionary; `ray.train.get_context()` tells its rank.
         arguments: the same for every worker.
         run: checkpoints go to its folder `ray_train`.
-        name: of this piece of work; a restarted job of the same name and run finds its checkpoints.
-        num_workers: workers in all.
-        cpus_per_worker: CPUs of each worker, when it has no GPU.
-        use_gpu: one GPU for each worker.
-        max_failures: deaths of workers survived.
+        date: of the night; a job restarted for the same night and run finds its checkpoints.
+        settings: section `training` or `quantizer`.
 
     Raises:
         TigerError: what a worker raised, as itself; or one that says how many failures there were.
@@ -45,17 +43,18 @@ def run_workers(
 
     # Ray Train would log each printed line a second time.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    resources = {"CPU": 0.0 if use_gpu else cpus_per_worker, "GPU": float(use_gpu)}
+    resources = {"CPU": 0.0 if settings.use_gpu else settings.cpus_per_worker, "GPU": float(settings.use_gpu)}
     trainer = TorchTrainer(
         work,
         train_loop_config={**arguments, "run": run},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources
+            num_workers=settings.num_workers, use_gpu=settings.use_gpu, resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
-            name=name,
+            # A run of this name on this storage is resumed silently, so the name is the night's own.
+            name=f"{date}-{run.fingerprint[:16]}",
             storage_path=run.folder_uri("ray_train"),
-            failure_config=ray.train.FailureConfig(max_failures=max_failures),
+            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
@@ -67,7 +66,9 @@ def run_workers(
             cause = getattr(failure, "_base_exc", failure)
             if isinstance(cause, TigerError):
                 raise cause from None
-        raise TigerError(f"{run.artifact} ended after {max_failures + 1} failures: {error}") from error
+        raise TigerError(
+            f"{run.artifact} ended after {settings.max_failures + 1} failures: {error}"
+        ) from error
 
 
 def this_worker(cpus_per_worker: float) -> tuple[int, int, Any]:

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from typing import Any
 class Claims:
     """Measured claims, printed as they come and written as JSON at the end."""
 
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        self._settings, self._claims = dict(settings), list[dict[str, Any]]()
+    def __init__(self) -> None:
+        self.settings, self._claims = dict[str, Any](), list[dict[str, Any]]()
 
     def add(self, name: str, values: float | Sequence[float], unit: str, target: str = "") -> float:
         """Record the median of `values`, with their least and largest as the spread; returns the median."""
@@ -30,7 +30,7 @@ class Claims:
     def write(self, file: str | None) -> None:
         """Write everything to `file`, if one is given."""
         if file:
-            whole = {"hardware": hardware(), "settings": self._settings, "claims": self._claims}
+            whole = {"hardware": hardware(), "settings": self.settings, "claims": self._claims}
             Path(file).write_text(json.dumps(whole, indent=1) + "\n")
 
 

@@ -30,6 +30,7 @@ from tiger_ray.config import Settings, load_settings
 DIM = 128
 ROWS_PER_SHARD = 125_000
 NEW_ITEMS = 10_000
+PLANTED_QUANTIZER: dict[str, Any] = {"kind": "residual_kmeans", "num_iterations": 10, "sample_size": 100_000}
 CONFIG = Path(__file__).parents[1] / "amazon.yaml"
 
 
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="assignments per size")
     parser.add_argument("--root", help="working folder; left out, a temporary one")
     words = parser.parse_args()
-    claims = Claims({name: value for name, value in vars(words).items() if name in ("sizes", "repeats")})
+    claims = Claims()
     if words.beauty:
         measure_beauty(claims, Path(words.beauty), words.embeddings)
     if words.sizes:
@@ -64,14 +65,20 @@ def measure_beauty(claims: Claims, folder: Path, kept: str | None) -> None:
 
     os.environ["TIGER_DATA"] = str(folder.parent)
     base = load_settings(["--config", str(CONFIG), "--date", "2026-01-01"])
+    claims.settings["beauty"] = {
+        **{name: getattr(base, name).model_dump(mode="json") for name in ("embeddings", "quantizer")},
+        "seed": 0,
+    }
     embedding_ND, category_N = beauty(base, folder, kept)
     fitted = {}
     for kind in ("rqvae", "residual_kmeans", "lsh", "random"):
         start = time.monotonic()
         settings = base.quantizer.model_copy(update={"kind": kind})
         fitted[kind] = quantizers.fit(settings, [embedding_ND], seed=0)
+        seconds = time.monotonic() - start
         report = report_of(fitted[kind], embedding_ND, category_N)
-        print(f"\n{kind}, fitted in {time.monotonic() - start:.0f} s", flush=True)
+        print(f"\n{kind}", flush=True)
+        claims.add(f"fit_seconds_{kind}", seconds, "s, with two torch threads")
         levels = report["levels"]
         if kind in ("rqvae", "residual_kmeans"):
             prefix = "" if kind == "rqvae" else "residual_kmeans_"
@@ -90,6 +97,7 @@ def measure_beauty(claims: Claims, folder: Path, kept: str | None) -> None:
             claims.add(f"purity_{kind}_{level}", purity, f"of items; by chance {chance:.3f}")
         for level, covered in enumerate(report["sample"]["coverage"]):
             claims.add(f"coverage_unseen_{kind}_{level}", covered, "of unseen items")
+    measure_variants(claims, base.quantizer, fitted["rqvae"], embedding_ND, category_N)
     print()
     settings = base.quantizer.model_copy(update={"kind": "residual_kmeans"})
     claims.add(
@@ -108,6 +116,34 @@ def measure_beauty(claims: Claims, folder: Path, kept: str | None) -> None:
     together(short, embedding_ND, together_curve)
     curves = np.array([[loss_of(line) for line in curve] for curve in (alone_curve, together_curve)])
     claims.add("two_workers_rqvae_loss_ratio", (curves[1] / curves[0]).tolist(), "", "1, within noise")
+
+
+def measure_variants(
+    claims: Claims, settings: Any, rqvae: Any, embedding_ND: np.ndarray, category_N: np.ndarray
+) -> None:
+    """What the choices behind the two learned quantizers are worth."""
+    import torch
+
+    from tiger_ray import quantizers
+
+    print("\nresidual_kmeans by principal components; rqvae by commitment weight", flush=True)
+    for width in (embedding_ND.shape[1], 48, 24, 16):
+        changed = settings.model_copy(update={"kind": "residual_kmeans", "latent_dim": width})
+        report = report_of(quantizers.fit(changed, [embedding_ND], seed=0), embedding_ND, category_N)
+        name = f"residual_kmeans_{width}_dims"
+        claims.add(f"collision_share_{name}", report["disambiguated_share"], "of items")
+        claims.add(
+            f"perplexity_min_{name}", min(level["perplexity"] for level in report["levels"]), "codewords"
+        )
+        for who, error in report["sample"]["reconstruction_error"].items():
+            claims.add(f"reconstruction_error_{who}_{name}", error, "of variance")
+    paper = settings.model_copy(update={"commitment_weight": 0.25})
+    report = report_of(quantizers.fit(paper, [embedding_ND], seed=0), embedding_ND, category_N)
+    claims.add("collision_share_rqvae_commitment_0.25", report["disambiguated_share"], "of items")
+    with torch.inference_mode():
+        point_ND = rqvae.standardize(torch.from_numpy(embedding_ND[rqvae.was_learned_from(embedding_ND)]))
+        error = (rqvae.decoder(rqvae.encoder(point_ND)) - point_ND).square().sum() / point_ND.square().sum()
+    claims.add("reconstruction_error_rqvae_unquantized", error.item(), "of variance, standardized")
 
 
 def beauty(settings: Settings, folder: Path, kept: str | None) -> tuple[np.ndarray, np.ndarray]:
@@ -219,6 +255,10 @@ def measure_scale(claims: Claims, sizes: list[int], repeats: int, root: str) -> 
     from tiger_ray.storage import Storage
 
     connect(RaySettings())
+    claims.settings["planted"] = {
+        **{"sizes": sizes, "repeats": repeats, "dim": DIM, "rows_per_shard": ROWS_PER_SHARD},
+        "quantizer": PLANTED_QUANTIZER,
+    }
     seconds, peaks = dict[int, list[float]](), dict[int, list[float]]()
     for items in sizes:
         night = partial(planted_night, Storage(f"{root}/{items}"), max(1, items // ROWS_PER_SHARD))
@@ -273,7 +313,7 @@ def planted_night(storage: Any, num_shards: int, date: str, items: int, disambig
         storage={"root": storage.root},
         catalog={"uri": "/planted", "num_shards": num_shards},
         events={"uri": "/planted"},
-        quantizer={"kind": "residual_kmeans", "num_iterations": 10, "sample_size": 100_000},
+        quantizer=PLANTED_QUANTIZER,
         semantic_ids={"disambiguator_size": disambiguator_size},
     )
     inputs = {

@@ -48,7 +48,7 @@ class BadNight:
         changed = {"quantizer": {"level_sizes": [4, 4, 4]}, "catalog": catalog, **changed}
         return run_night(tiny_settings(self.root, str(self.data), **changed), until)
 
-    def refused(self, message, until="events", published=(), **changed):
+    def assert_refused(self, message, until="events", published=(), **changed):
         """The night ends with a DataError like `message`, and only `published` is there."""
         with pytest.raises(DataError, match=message):
             self.run(until, **changed)
@@ -80,31 +80,33 @@ def replaced(table, column, values, type=None):
 
 
 def test_an_empty_catalog(bad):
-    bad.write(catalog=CATALOG[:0]).refused(r"catalog holds 1 Parquet file\(s\) and 0 rows")
+    bad.write(catalog=CATALOG[:0]).assert_refused(r"catalog holds 1 Parquet file\(s\) and 0 rows")
 
 
 def test_an_empty_folder_and_no_folder(bad):
     (bad.data / "catalog").mkdir(parents=True)
-    bad.refused(r"no \.parquet file at .*catalog")
-    bad.refused(r"no \.parquet file at .*elsewhere", catalog={"uri": str(bad.data / "elsewhere")})
+    bad.assert_refused(r"no \.parquet file at .*catalog")
+    bad.assert_refused(r"no \.parquet file at .*elsewhere", catalog={"uri": str(bad.data / "elsewhere")})
 
 
 def test_a_folder_of_other_files(bad):
     (bad.data / "catalog").mkdir(parents=True)
     (bad.data / "catalog" / "items.csv").write_text("item_id,title\n")
-    bad.refused(r"no \.parquet file at .*; other files are there, such as 'items\.csv'")
+    bad.assert_refused(r"no \.parquet file at .*; other files are there, such as 'items\.csv'")
 
 
 def test_a_file_that_is_no_parquet(bad):
     bad.write()
     (bad.data / "catalog" / "part-00001.parquet").write_text("item_id,title\n1,2\n" * 10)
-    bad.refused(r"part-00001\.parquet is not a readable Parquet file \(180 bytes\)")
+    bad.assert_refused(r"part-00001\.parquet is not a readable Parquet file \(180 bytes\)")
 
 
 def test_a_file_of_zero_bytes(bad_events):
     bad_events.write()
     (bad_events.data / "events" / "part-00001.parquet").touch()
-    bad_events.refused(r"part-00001\.parquet has 0 bytes, so it is no Parquet file", published=["catalog"])
+    bad_events.assert_refused(
+        r"part-00001\.parquet has 0 bytes, so it is no Parquet file", published=["catalog"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,31 +121,31 @@ def test_a_file_of_zero_bytes(bad_events):
 )  # fmt: skip
 def test_a_missing_column_names_the_nearest_one(section, changed, message, published, request):
     night = request.getfixturevalue("bad_events" if section == "events" else "bad")
-    night.write().refused(message, published=published, **{section: changed})
+    night.write().assert_refused(message, published=published, **{section: changed})
 
 
 def test_an_item_id_that_comes_twice(bad):
     twice = replaced(CATALOG, "item_id", [*ITEMS[:18], "i3", "i3"])
-    bad.write(catalog=twice).refused(
+    bad.write(catalog=twice).assert_refused(
         r"2 rows of .*catalog repeat an item id of another row, among them i3; item ids must be unique"
     )
 
 
 def test_an_item_without_an_id(bad):
-    bad.write(catalog=replaced(CATALOG, "item_id", [*ITEMS[:19], None])).refused(
+    bad.write(catalog=replaced(CATALOG, "item_id", [*ITEMS[:19], None])).assert_refused(
         r"1 of 20 rows .* have a null 'item_id'; every item needs an id"
     )
 
 
 def test_an_id_that_is_a_float(bad):
-    bad.write(catalog=replaced(CATALOG, "item_id", np.arange(20.0))).refused(
+    bad.write(catalog=replaced(CATALOG, "item_id", np.arange(20.0))).assert_refused(
         r"'item_id' of .*catalog is double; an id must be string, large_string or int64"
     )
 
 
 def test_item_ids_of_another_type_than_the_catalogs(bad_events):
     numbers = replaced(EVENTS, "item_id", [n % 20 for n in range(40)], pa.int64())
-    bad_events.write(events=numbers).refused(
+    bad_events.write(events=numbers).assert_refused(
         r"item ids are int64 in the events .*'item_id', 40 rows\) but string in the catalog; no event could be matched",
         published=["catalog"],
     )
@@ -158,7 +160,7 @@ def test_two_kinds_of_strings_are_one_type(bad_events):
 
 def test_too_many_items_without_text(bad):
     empty = replaced(CATALOG, "title", [None, "", " ", "&nbsp;", None] + ["t"] * 15)
-    bad.write(catalog=empty).refused(
+    bad.write(catalog=empty).assert_refused(
         r"5 of 20 items of .* have no text in title; at most 20% may \(catalog\.max_empty_text_share\)"
     )
 
@@ -172,7 +174,7 @@ def test_items_without_text_up_to_the_share_stay_in_the_catalog(bad):
 
 def test_no_item_available(bad):
     none = CATALOG.append_column("stock", pa.array([False] * 19 + [None]))
-    bad.write(catalog=none).refused(
+    bad.write(catalog=none).assert_refused(
         r"none of the 20 items of .* is available \(stock is never true\)", catalog={"available": "stock"}
     )
 
@@ -185,7 +187,7 @@ def test_unknown_items_are_counted_up_to_the_share(bad_events):
 
 def test_too_many_unknown_items(bad_events):
     three = replaced(EVENTS, "item_id", ["x", "y", "z", *EVENTS.column("item_id").to_pylist()[3:]])
-    bad_events.write(events=three).refused(
+    bad_events.write(events=three).assert_refused(
         r"3 of 40 events of .* name items that are not in the catalog, for example x, y, z; at most 5\.0% may",
         published=["catalog"],
     )
@@ -193,7 +195,7 @@ def test_too_many_unknown_items(bad_events):
 
 def test_too_many_nulls(bad_events):
     nulls = replaced(EVENTS, "user_id", [None, *EVENTS.column("user_id").to_pylist()[1:]])
-    bad_events.write(events=nulls).refused(
+    bad_events.write(events=nulls).assert_refused(
         r"1 of 40 events of .* have a null in 'user_id', 'item_id' or 'timestamp'; at most 1\.0% may",
         published=["catalog"],
     )
@@ -202,11 +204,11 @@ def test_too_many_nulls(bad_events):
 def test_an_integer_timestamp_of_undeclared_or_implausible_unit(bad_events):
     milliseconds = replaced(EVENTS, "timestamp", [1_790_000_000_000 + n for n in range(40)])
     bad_events.write(events=milliseconds)
-    bad_events.refused(
+    bad_events.assert_refused(
         r"'timestamp' of .* is int64, and its unit is not declared; set events\.timestamp_unit",
         published=["catalog"],
     )
-    bad_events.refused(
+    bad_events.assert_refused(
         r"run from 1790000000000 to 1790000000039, which in unit 's' is not between 1990 and 2100",
         published=["catalog"],
         events={"timestamp_unit": "s"},
@@ -217,7 +219,7 @@ def test_an_integer_timestamp_of_undeclared_or_implausible_unit(bad_events):
 
 def test_no_event_of_the_wanted_kind(bad_events):
     kinds = EVENTS.append_column("kind", pa.array(["view"] * 40))
-    bad_events.write(events=kinds).refused(
+    bad_events.write(events=kinds).assert_refused(
         r"none of the 40 rows of .* is of a kind in events\.event_types \['buy'\] \(column 'kind'\)",
         published=["catalog"],
         events={"event_type": "kind", "event_types": ["buy"]},
@@ -229,14 +231,14 @@ def test_vectors_that_are_not_numbers_or_not_there(bad):
         return CATALOG.append_column("v", pa.array(rows, pa.list_(pa.float32(), 2)))
 
     chosen = {"catalog": {"vector": "v", "num_shards": 1}, "embeddings": {"encoder": "catalog"}}
-    bad.write(catalog=vectors([[float("nan")] * 2] * 20)).refused(
+    bad.write(catalog=vectors([[float("nan")] * 2] * 20)).assert_refused(
         r"20 embeddings are not finite, those of items i0, i1, .* among them \(encoder catalog\); fix the vectors",
         until="embeddings",
         published=["catalog", "events"],
         **chosen,
     )
     other = BadNight(bad.data.parent / "other")
-    other.write(catalog=vectors([None] + [[1.0, 2.0]] * 19)).refused(
+    other.write(catalog=vectors([None] + [[1.0, 2.0]] * 19)).assert_refused(
         r"1 of 20 items of catalog file .* have no vector \(catalog\.vector\)",
         until="embeddings",
         published=["catalog", "events"],
@@ -244,9 +246,18 @@ def test_vectors_that_are_not_numbers_or_not_there(bad):
     )
 
 
+def test_fewer_items_than_codewords(bad_events):
+    bad_events.write().assert_refused(
+        r"20 items have \d+ distinct embeddings to learn from, fewer than the 64 codewords .*level_sizes",
+        until="quantizer",
+        published=["catalog", "events", "embeddings"],
+        quantizer={"level_sizes": [64, 4]},
+    )
+
+
 def test_a_vector_column_of_changing_length(bad):
     ragged = CATALOG.append_column("v", pa.array([[1.0, 2.0]] * 20, pa.list_(pa.float32())))
-    bad.write(catalog=ragged).refused(
+    bad.write(catalog=ragged).assert_refused(
         r"'v' of .* is list<.*>; catalog\.vector must be FixedSizeList<float>", catalog={"vector": "v"}
     )
 

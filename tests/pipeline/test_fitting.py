@@ -14,6 +14,7 @@ import torch.multiprocessing
 
 from tiger_ray import quantizers
 from tiger_ray.config import QuantizerSettings
+from tiger_ray.errors import DataError
 
 KMEANS = QuantizerSettings(kind="residual_kmeans", level_sizes=(24, 16, 8), latent_dim=6, num_iterations=20)
 RQVAE = QuantizerSettings(
@@ -61,6 +62,23 @@ def three_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("workers")
     torch.multiprocessing.spawn(fit_as_worker, (3, str(folder)), nprocs=3)
     return folder
+
+
+def fit_with_nothing(rank: int, folder: str) -> None:
+    """Two processes, and the second one has no item."""
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    share = embeddings()[: 3000 if rank == 0 else 0]
+    with pytest.raises(
+        DataError, match=r"of 2 workers 1 have no item to learn from .* quantizer\.num_workers"
+    ):
+        quantizers.fit(RQVAE, [share], seed=0)
+    Path(folder, f"refused-{rank}").touch()
+    dist.destroy_process_group()
+
+
+def test_a_worker_without_items_is_an_error_on_all(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(fit_with_nothing, (str(tmp_path),), nprocs=2)
+    assert {path.name for path in tmp_path.glob("refused-*")} == {"refused-0", "refused-1"}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from worlds import MONDAY, TUESDAY, WEDNESDAY, published_dates, tiny_settings
+from worlds import MONDAY, TUESDAY, WEDNESDAY, publish, published_dates, tiny_settings
 
 from tiger_ray import fitting, quantizers, registry, semantic_ids
 from tiger_ray.config import Settings
@@ -16,7 +16,7 @@ from tiger_ray.errors import ArtifactError, CollisionError, DataError, QualityEr
 from tiger_ray.hashing import shard_of, stable_hash
 from tiger_ray.schemas import matrix_of
 from tiger_ray.stage import StageResult
-from tiger_ray.storage import Manifest, Storage, fingerprint
+from tiger_ray.storage import Manifest, Storage
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -37,26 +37,6 @@ def items(numbers: range, seed: int = 0) -> pa.Table:
             "available": [n % 10 != 0 for n in numbers],
             "embedding": pa.FixedSizeListArray.from_arrays(pa.array(group_vector[group].ravel()), 6),
         }
-    )
-
-
-def publish(
-    storage: Storage,
-    artifact: str,
-    date: str,
-    files: dict[str, Any],
-    metadata: dict[str, Any],
-    **settings: Any,
-) -> Manifest:
-    """An artifact as its stage would publish it, without the stage."""
-    version = fingerprint({"files": {name: str(file) for name, file in files.items()}, **settings})
-    run = storage.begin(artifact, version)
-    entries = [
-        run.write_table(name, file) if isinstance(file, pa.Table) else run.write_file(name, file)
-        for name, file in files.items()
-    ]
-    return storage.publish(
-        run, date=date, files=entries, settings=settings, inputs={}, metadata={"summary": "", **metadata}
     )
 
 
@@ -89,17 +69,17 @@ class Registry:
         rows = {name: part.drop_columns(["embedding"]) for name, part in parts.items()}
         vectors = {name: part.select(["item_id", "embedding"]) for name, part in parts.items()}
         id_type = {"id_type": str(table.schema.field("item_id").type)}
-        chosen = {"num_shards": num_shards}
+        chosen = {"catalog": {"num_shards": num_shards}}
         try:  # fitted on the first night, and kept
             quantizer = self.storage.resolve("quantizer")
         except ArtifactError:
             all_vectors = np.array(matrix_of(table.column("embedding")))
             fitted = quantizers.fit(settings.quantizer, [all_vectors], seed=0)
             files, facts = fitted.to_files(), {"level_sizes": list(fitted.level_sizes)}
-            quantizer = publish(self.storage, "quantizer", date, files, facts)
+            quantizer = publish(self.storage, "quantizer", files, facts, date=date)
         return (
-            publish(self.storage, "catalog", date, rows, id_type, catalog=chosen),
-            publish(self.storage, "embeddings", date, vectors, {}, catalog=chosen),
+            publish(self.storage, "catalog", rows, id_type, date=date, settings=chosen),
+            publish(self.storage, "embeddings", vectors, {}, date=date, settings=chosen),
             quantizer,
         )
 
@@ -284,7 +264,7 @@ def test_embeddings_of_another_width_than_the_quantizers_are_refused(at: Registr
         )
         for entry in vectors.files
     }
-    wider = publish(at.storage, "embeddings", WEDNESDAY, wide, {})
+    wider = publish(at.storage, "embeddings", wide, {}, date=WEDNESDAY)
     with pytest.raises(
         ArtifactError, match=r"fitted on embeddings of width 6, but these have shape \(\d+, 9\)"
     ):

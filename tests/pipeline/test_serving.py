@@ -27,6 +27,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
+from worlds import MONDAY, publish
 
 from tiger_ray import schemas, semantic_ids, serving
 from tiger_ray.config import ModelSettings, ServingSettings, Settings
@@ -39,7 +40,7 @@ from tiger_ray.storage import Manifest, Storage
 from tiger_ray.tokens import Vocabulary, pad_histories
 
 REPOSITORY = Path(__file__).parents[2]
-DATE = "2026-11-23"
+DATE = MONDAY
 NUM_ITEMS, INELIGIBLE = 40, (3, 17, 30)
 LEVEL_SIZES = (6, 6, 16)
 STRING = pa.string()
@@ -82,17 +83,6 @@ class World(NamedTuple):
         return [(self.item_ids[item], float(score_N[item])) for item in order]
 
 
-def publish(
-    storage: Storage, artifact: str, files: dict[str, Any], metadata: dict[str, Any], inputs: dict[str, str]
-) -> Manifest:
-    run = storage.begin(artifact, f"test-{artifact}")
-    entries = [
-        run.write_table(name, content) if isinstance(content, pa.Table) else run.write_file(name, content)
-        for name, content in files.items()
-    ]
-    return storage.publish(run, date=DATE, files=entries, settings={}, inputs=inputs, metadata=metadata)
-
-
 def make_world(
     root: Path, id_type: pa.DataType = STRING, num_user_buckets: int = 0, space: str = "space"
 ) -> World:
@@ -122,19 +112,18 @@ def make_world(
             "item_id_type": str(id_type),
             "eligible": int(eligible.sum()),
         },
-        {},
     )
     popular = [[7, 3, 1, 0, 2], [50, 30, 10, 8, 2], [40, 20, 9, 8, 2]]  # item 3 is not eligible
     popularity = pa.table([pa.array(column) for column in popular], names=schemas.popularity().names)
     manifests = {
-        "model": publish(storage, "model", network.to_files(), {"space": "space", "holdout": "none"}, {}),
+        "model": publish(storage, "model", network.to_files(), {"space": "space", "holdout": "none"}),
         "semantic_ids": ids,
         "sequences": publish(
             storage,
             "sequences",
             {"popularity.parquet": popularity.cast(schemas.popularity())},
             {"user_id_type": str(id_type)},
-            {"semantic_ids": registry_of(ids).digest},
+            inputs={"semantic_ids": registry_of(ids).digest},
         ),
     }
     settings = Settings(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 from tiger_ray import catalog, embeddings, events, fitting, recommendations, registry, sequences, training
 from tiger_ray.config import Settings
 from tiger_ray.stage import StageResult
-from tiger_ray.storage import Manifest, Storage
+from tiger_ray.storage import Manifest, Storage, fingerprint
 from tiger_ray.stores import input_filesystem
 
 MONDAY, TUESDAY, WEDNESDAY = "2026-11-23", "2026-11-24", "2026-11-25"
@@ -131,3 +132,35 @@ def published_dates(storage: Storage) -> set[tuple[str, str]]:
             if parts[-1] == "_manifest.json" and parts[1].startswith("date="):
                 found.add((artifact, parts[1].removeprefix("date=")))
     return found
+
+
+def publish(
+    storage: Storage,
+    artifact: str,
+    files: dict[str, Any],
+    metadata: dict[str, Any],
+    *,
+    date: str = MONDAY,
+    inputs: dict[str, str] | None = None,
+    settings: dict[str, Any] | None = None,
+) -> Manifest:
+    """Tables and bytes as an artifact, as if its stage had written them."""
+    digests = {
+        name: hashlib.sha256(
+            file if isinstance(file, bytes) else file.to_pandas().to_json().encode()
+        ).hexdigest()
+        for name, file in files.items()
+    }
+    run = storage.begin(artifact, fingerprint({"files": digests, "settings": settings, "metadata": metadata}))
+    entries = [
+        run.write_table(name, file) if isinstance(file, pa.Table) else run.write_file(name, file)
+        for name, file in files.items()
+    ]
+    return storage.publish(
+        run,
+        date=date,
+        files=entries,
+        settings=settings or {},
+        inputs=inputs or {},
+        metadata={"summary": "", **metadata},
+    )

@@ -187,7 +187,9 @@ def test_a_settings_file_that_is_not_there_is_named(tmp_path):
 @pytest.mark.parametrize("file", sorted(REPO.glob("jobs/*.yaml")), ids=lambda file: file.name)
 def test_every_yaml_file_of_the_repo_loads(file, monkeypatch):
     monkeypatch.setenv("TIGER_DATA", "/data")
-    load_settings(["--config", str(file), "--date", "2026-11-23"])
+    settings = load_settings(["--config", str(file), "--date", "2026-11-23"])
+    assert settings.date == "2026-11-23"
+    assert settings.storage.root
 
 
 def fields(model=Settings):

@@ -134,8 +134,12 @@ def counts(**changed):
     return good | changed
 
 
-def test_events_exactly_at_the_limits_pass():
-    _judge(counts(nulls=10, unknown=49), "s", events_settings(max_null_share=0.01, max_unknown_share=0.05))
+def test_events_exactly_at_the_limits_pass_and_one_more_does_not():
+    limits = events_settings(max_null_share=0.01, max_unknown_share=0.05)
+    _judge(counts(nulls=10, unknown=49), "s", limits)
+    for beyond in (counts(nulls=11, unknown=49), counts(nulls=10, unknown=50)):
+        with pytest.raises(DataError, match=r"events\.max_(null|unknown)_share"):
+            _judge(beyond, "s", limits)
     _judge(counts(nulls=1000, first=None, last=None), "s", events_settings(max_null_share=1.0))
 
 
@@ -189,8 +193,10 @@ def test_one_event_of_1970_is_enough_to_doubt_the_unit():
         _judge(counts(first=0), "s", events_settings())
 
 
-def test_positions_have_no_plausible_range():
+def test_positions_have_no_plausible_range_and_times_do():
     _judge(counts(first=0, last=10**15), "position", events_settings())
+    with pytest.raises(DataError, match="is not between 1990 and 2100"):
+        _judge(counts(first=0, last=10**15), "s", events_settings())
 
 
 def test_counts_of_parts_add_up():

@@ -61,8 +61,14 @@ class Points:
         self.fit_keys = _fit_keys(settings, rows)
         """First key and end of the keys of items that are learned from; the items below are held out."""
         self._refuse_useless(max(settings.level_sizes) if settings.kind in LEARNING_KINDS else 1)
-        total = total_over_workers(torch.tensor([sum(len(block) for block in self._fitted())])).item()
-        self.count = int(total)
+        counts = gathered([sum(len(rows) for rows in self._fitted())])
+        if min(counts) == 0:
+            # On every worker, or the others would wait for the one that stops.
+            raise DataError(
+                f"of {len(counts)} workers {counts.count(0)} have no item to learn from ({sum(counts):,} in all); "
+                "lower quantizer.num_workers"
+            )
+        self.count = sum(counts)
         """Items to learn from, of all workers."""
         largest_D = largest_over_workers(_largest(self._fitted()))
         _refuse_huge(largest_D)
