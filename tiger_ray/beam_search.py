@@ -1,14 +1,19 @@
 """Constrained beam search: model and trie to ranked items, none of them invalid or ineligible.
 
-B users in batch, T history tokens, I id_length, W beams, M most children of one node, C codewords of a
-level, N items, E events of all users; K only for top-K.
+B users in batch, T history tokens, I id_length, W beams, M candidates of one beam, C codewords of a level,
+N items, E events of all users; K only for top-K.
 
 Beams are trie nodes. At each level a beam may only go on to its node's children, and the W best
-children over all beams of a user are kept. Between levels the beams are sorted by Semantic ID, so that equal scores
-are broken by the lower Semantic ID, always.
+children over all beams of a user are kept. Between levels the beams are sorted by Semantic ID, so that
+equal scores are broken by the lower Semantic ID, always.
 """
 
 from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -16,69 +21,83 @@ import torch
 from torch import Tensor
 
 from tiger_ray.config import DecodingSettings
+from tiger_ray.inference import InferenceModel
 from tiger_ray.model import TigerModel
 from tiger_ray.tokens import PAD, pad_histories
-from tiger_ray.trie import Trie
+from tiger_ray.trie import Closed, Trie
 
 
 def beam_search(
-    model: TigerModel,
+    model: InferenceModel,
     trie: Trie,
     history_BT: Tensor,
     beam_width: int,
-    closed: tuple[Tensor, ...] | None = None,
+    closed: tuple[Closed, ...] | None = None,
+    seed_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The items whose Semantic IDs are the most probable continuation of each history.
+    """The items whose Semantic IDs are the most probable continuation of each history, or a draw of them.
 
     Args:
-        model: in evaluation mode, on the device of `trie` and `history_BT`.
+        model: on the device of `trie` and `history_BT`.
         trie: Semantic IDs that may come out.
         history_BT: token ids, (B, T) int64, PAD after the end.
         beam_width: candidates kept per level W; exact if it is at least the number of eligible items.
-        closed: nodes barred per user, of `Trie.closed_nodes`; None: none.
+        closed: what is barred for some users, of `Trie.closed`; None: nothing.
+        seed_B: draw W items without replacement, each by its probability among those that may come out;
+            the draw follows from this number and the user's own candidates alone, (B,) int64. None: the
+            most probable ones.
 
     Returns:
-        item_index, (B, W) int64, best first, -1 after the last; and score, (B, W) float32, natural log
-        probability of the whole Semantic ID, -inf where there is no item. Equal scores come in the order
-        of the Semantic IDs.
+        item_index, (B, W) int64, best first (or first drawn), -1 after the last; and score, (B, W) float32,
+        natural log probability of the whole Semantic ID, -inf where there is no item. Equal scores come in
+        the order of the Semantic IDs.
 
-    Source: TIGER (arXiv 2305.05065) section 3.3 for beam search; the trie constraint and the sharing of
-    cross-attention by all beams are ours.
+    Source: TIGER (arXiv 2305.05065) section 3.3 for beam search; Kool et al. 2019 (arXiv 1903.06059) for the
+    draw; the trie constraint is ours.
     """
     num_users, device = len(history_BT), history_BT.device
     state = model.start(history_BT)
     node_BW = torch.zeros(num_users, 1, dtype=torch.int64, device=device)
     token_BW = torch.full_like(node_BW, PAD)
     score_BW = torch.zeros(num_users, 1, device=device)
-    for level in range(trie.id_length):
-        log_prob_BWC = model.next_log_probs(token_BW, state)
-        start_BW = trie.child_start[level][node_BW]
-        count_BW = trie.child_start[level][node_BW + 1] - start_BW
-        nth_M = torch.arange(trie.max_children[level], device=device)
-        # a place beyond the last child reads some other node, and is closed by the score
-        child_BWM = (start_BW[..., None] + nth_M).clamp(max=trie.num_nodes(level + 1) - 1)
-        code_BWM = trie.child_code[level][child_BWM]
-        score_BWM = score_BW[..., None] + log_prob_BWC.gather(-1, code_BWM.long())
-        score_BWM = score_BWM.masked_fill(nth_M >= count_BW[..., None], -torch.inf)
-        if closed is not None and len(closed[level]):
-            user_B11 = torch.arange(num_users, device=device)[:, None, None]
-            score_BWM = score_BWM.masked_fill(
-                torch.isin(user_B11 * trie.num_nodes(level + 1) + child_BWM, closed[level]), -torch.inf
-            )
-        width = min(beam_width, trie.num_nodes(level + 1))
-        place_BW = best_places(score_BWM.flatten(1), width)
-        if level + 1 < trie.id_length:
+    draw = None if seed_B is None else Draw(seed_B)
+    for level, edges in enumerate(trie.edges):
+        log_prob_BWM = edges.candidates(node_BW, model.next_log_probs(token_BW, state))
+        if closed is not None:
+            close(log_prob_BWM, node_BW, closed[level])
+        score_BP = (score_BW[..., None] + log_prob_BWM).flatten(1)
+        rank_BP = score_BP
+        if draw is not None:
+            rank_BP = draw.extend(log_prob_BWM, edges.codes(node_BW)).flatten(1)
+        place_BW = best_places(rank_BP, min(beam_width, edges.num_children))
+        is_last = level + 1 == len(trie.edges)
+        if not is_last:
             place_BW = place_BW.sort().values  # by Semantic ID again
-        score_BW = score_BWM.flatten(1).gather(1, place_BW)
-        node_BW = child_BWM.flatten(1).gather(1, place_BW)
-        token_BW = code_BWM.flatten(1).gather(1, place_BW).long() + model.vocabulary.offsets[level]
-        if level + 1 < trie.id_length:
-            state.reorder(place_BW // trie.max_children[level])
+        beam_BW, nth_BW = place_BW // edges.num_candidates, place_BW % edges.num_candidates
+        score_BW = score_BP.gather(1, place_BW)
+        node_BW, code_BW = edges.follow(node_BW.gather(1, beam_BW), nth_BW)
+        if draw is not None:
+            draw.keep(place_BW)
+        if not is_last:
+            token_BW = code_BW + model.vocabulary.offsets[level]
+            state.reorder(beam_BW)
     item_BW = trie.item_index[node_BW].long().masked_fill(score_BW == -torch.inf, -1)
     missing = beam_width - item_BW.shape[1]
     return (
         torch.nn.functional.pad(item_BW, (0, missing), value=-1),
         torch.nn.functional.pad(score_BW, (0, missing), value=-torch.inf),
+    )
+
+
+def close(log_prob_BWM: Tensor, node_BW: Tensor, closed: Closed) -> None:
+    """Bar candidates of some users, in place."""
+    at_EW = node_BW[closed.user_E] == closed.node_E[:, None]
+    beam_W = torch.arange(node_BW.shape[1], device=node_BW.device)
+    # no list of places: its length would have to be waited for
+    log_prob_BWM.index_put_(
+        (closed.user_E[:, None], beam_W, closed.nth_E[:, None]),
+        torch.where(at_EW, -torch.inf, 0.0),
+        accumulate=True,
     )
 
 
@@ -92,8 +111,75 @@ def best_places(score_BP: Tensor, count: int) -> Tensor:
     return last - (rank_BP.topk(count).values & 0xFFFFFFFF)
 
 
+class Draw:
+    """Gumbel noise that makes the best beams a draw without replacement, level by level.
+
+    A candidate's noise is a hash of the user's seed and its Semantic ID so far, so neither the batch nor the
+    worker nor another candidate changes it.
+
+    Source: stochastic beam search, Kool et al. 2019 (arXiv 1903.06059), algorithm 1 and appendix B.3.
+    """
+
+    def __init__(self, seed_B: Tensor) -> None:
+        self._key_BW = seed_B[:, None]
+        self._log_prob_BW = torch.zeros(len(seed_B), 1, device=seed_B.device)
+        self._rank_BW = self._log_prob_BW
+
+    def extend(self, log_prob_BWM: Tensor, code_BWM: Tensor) -> Tensor:
+        """What to rank the candidates by, (B, W, M) float32.
+
+        Args:
+            log_prob_BWM: of each candidate after its beam, (B, W, M) float32; -inf where there is none.
+            code_BWM: its codeword, (B, W, M) int64.
+        """
+        # among what may come out: what may not takes no share of the draw
+        log_prob_BWM = self._log_prob_BW[..., None] + log_prob_BWM.log_softmax(-1).nan_to_num(nan=-torch.inf)
+        key_BWM = mixed(self._key_BW[..., None] + code_BWM)
+        noisy_BWM = log_prob_BWM + gumbel(key_BWM)
+        # shifted so that the highest of a beam's candidates is the beam's own number
+        highest_BW1 = noisy_BWM.amax(-1, keepdim=True)
+        rank_BW1 = self._rank_BW[..., None]
+        gap_BWM = rank_BW1 - noisy_BWM + torch.log1p(-torch.exp(noisy_BWM - highest_BW1))
+        rank_BWM = rank_BW1 - gap_BWM.relu() - torch.log1p(torch.exp(-gap_BWM.abs()))
+        rank_BWM = torch.where(noisy_BWM == highest_BW1, rank_BW1, rank_BWM)
+        rank_BWM = rank_BWM.masked_fill(log_prob_BWM == -torch.inf, -torch.inf)
+        self._next = key_BWM, log_prob_BWM, rank_BWM
+        return rank_BWM
+
+    def keep(self, place_BW: Tensor) -> None:
+        """Go on with the candidates at these places over all beams, (B, W) int64."""
+        self._key_BW, self._log_prob_BW, self._rank_BW = (
+            column.flatten(1).gather(1, place_BW) for column in self._next
+        )
+
+
+def mixed(key: Tensor) -> Tensor:
+    """Another hash of each hash, int64; as `hashing.mixed`, with torch."""
+
+    def shifted(key: Tensor, bits: int) -> Tensor:
+        return (key >> bits) & ((1 << (64 - bits)) - 1)  # torch would bring the sign along
+
+    key = key + _signed(0x9E3779B97F4A7C15)
+    key = (key ^ shifted(key, 30)) * _signed(0xBF58476D1CE4E5B9)
+    key = (key ^ shifted(key, 27)) * _signed(0x94D049BB133111EB)
+    return key ^ shifted(key, 31)
+
+
+def _signed(word: int) -> int:
+    return word - 2**64 if word >= 2**63 else word
+
+
+def gumbel(key: Tensor) -> Tensor:
+    """Standard Gumbel noise, float32, from hashes."""
+    uniform = ((key >> 12).double() + 2**51 + 0.5) * 2.0**-52
+    return -torch.log(-torch.log(uniform)).float()
+
+
 class Decoder:
-    """Recommends items: a model, the Semantic IDs it may write, and how to decode."""
+    """Recommends items: a model, the Semantic IDs it may write, and how to decode.
+
+    On a CPU each of torch's threads decodes its own batches, which is faster than sharing one.
+    """
 
     def __init__(
         self,
@@ -106,7 +192,7 @@ class Decoder:
         """Get ready to decode.
 
         Args:
-            model: trained on the ID space of `codes_NI`; it is moved to the device.
+            model: trained on the ID space of `codes_NI`; it is left as it is.
             codes_NI: Semantic IDs by item_index, (N, I) int16.
             eligible_N: may the item be recommended, (N,) bool.
             settings: beam width, precision and batch size.
@@ -118,9 +204,15 @@ class Decoder:
         """
         self.device = torch.device(device)
         self.settings = settings
-        self.model = model.to(self.device).eval()
-        self.item_tokens_NI = model.vocabulary.item_tokens(codes_NI).to(self.device)
+        model.vocabulary.require_codes(codes_NI)
+        self.codes_NI = codes_NI
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.precision]
+        self.model = InferenceModel(model, dtype, self.device, settings.temperature)
         self.trie = Trie.build(codes_NI, eligible_N).to(self.device)
+        self.num_eligible = len(self.trie.item_index)
+        self._batch_tokens = settings.batch_tokens or BATCH_TOKENS[self.device.type]
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     def recommend(
         self,
@@ -130,8 +222,9 @@ class Decoder:
         k: int,
         *,
         exclude_history: bool = False,
+        seed_B: npt.NDArray[np.int64] | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """The k best items of each user.
+        """The k best items of each user, or k that are drawn.
 
         Args:
             item_index: items of all histories one after the other, each oldest first, (E,) int32.
@@ -140,6 +233,7 @@ class Decoder:
             user_buckets_B: hash bucket of each user, (B,) integer; None: no user token.
             k: items per user, at most `decoding.beam_width`.
             exclude_history: leave out the items of the whole history.
+            seed_B: draw without replacement by these seeds of the users, (B,) int64; None: the best.
 
         Returns:
             item_index, (B, k) int64, best first, -1 after the last; and score, (B, k) float32, natural log
@@ -148,39 +242,102 @@ class Decoder:
         assert k <= self.settings.beam_width
         assert lengths_B.min(initial=1) >= 1
         end_B = np.cumsum(lengths_B)
-        read_B = np.minimum(lengths_B, self.model.settings.max_history)
         found_BK = np.full((len(lengths_B), k), -1, dtype=np.int64)
         score_BK = np.full((len(lengths_B), k), -np.inf, dtype=np.float32)
-        # users of one batch have histories of about one length, so little is padding
-        by_length_B = np.argsort(read_B, kind="stable")
-        for first in range(0, len(by_length_B), self.settings.batch_size):
-            user_b = by_length_B[first : first + self.settings.batch_size]
-            length_b = read_B[user_b]
-            history_bT = pad_histories(
-                torch.from_numpy(item_index[ranges(end_B[user_b] - length_b, length_b)]),
-                torch.from_numpy(length_b),
-                self.item_tokens_NI,
-                None if user_buckets_B is None else self._user_tokens(user_buckets_B[user_b]),
-            )
-            closed = None
+
+        def decode(user_b: npt.NDArray[np.int64]) -> None:
+            length_b = lengths_B[user_b]
+            read_b = np.minimum(length_b, self.model.max_history)
+            item_E = item_index[ranges(end_B[user_b] - read_b, read_b)]
+            buckets_b = None if user_buckets_B is None else user_buckets_B[user_b]
+            excluded = None
             if exclude_history:
-                length_b = lengths_B[user_b]
-                closed = self.trie.closed_nodes(
-                    item_index[ranges(end_B[user_b] - length_b, length_b)], length_b
-                )
-            with (
-                torch.inference_mode(),
-                torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"),
-            ):
-                found_bW, score_bW = beam_search(
-                    self.model, self.trie, history_bT, self.settings.beam_width, closed
-                )
-            found_BK[user_b] = found_bW[:, :k].cpu().numpy()
-            score_BK[user_b] = score_bW[:, :k].cpu().numpy()
+                item_X = item_index[ranges(end_B[user_b] - length_b, length_b)]
+                excluded = item_X, np.repeat(np.arange(len(user_b)), length_b)
+            found_BK[user_b], score_BK[user_b] = self._search(
+                item_E, read_b, buckets_b, k, excluded, None if seed_B is None else seed_B[user_b]
+            )
+
+        excluded_B = lengths_B if exclude_history else np.zeros_like(lengths_B)
+        batches = list(self._batches(np.minimum(lengths_B, self.model.max_history), excluded_B))
+        threads = 1 if self.device.type != "cpu" else min(torch.get_num_threads(), len(batches))
+        if threads == 1:
+            for user_b in batches:
+                decode(user_b)
+        else:
+            with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                list(pool.map(decode, batches))
         return found_BK, score_BK
 
-    def _user_tokens(self, user_buckets_B: npt.NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(user_buckets_B.astype(np.int64) + self.model.vocabulary.user_offset)
+    def _batches(
+        self, read_B: npt.NDArray[np.int64], excluded_B: npt.NDArray[np.int64]
+    ) -> Iterator[npt.NDArray[np.int64]]:
+        """Users of about one history length, as many as the budget of tokens allows, longest first."""
+        width, budget = self.settings.beam_width, self._batch_tokens
+        by_length_B = np.argsort(-read_B, kind="stable")
+        # an excluded item is compared with every beam, which takes a thousandth of a token's memory
+        excluded_B = excluded_B[by_length_B] * width // 1024
+        first = 0
+        while first < len(by_length_B):
+            each = int(read_B[by_length_B[first]]) * self.model.vocabulary.id_length + width
+            most = max(1, budget // each)
+            used = each * np.arange(1, most + 1)[: len(by_length_B) - first]
+            used += np.cumsum(excluded_B[first : first + most])
+            count = max(1, int(np.searchsorted(used, budget, side="right")))
+            yield by_length_B[first : first + count]
+            first += count
+
+    def _search(
+        self,
+        item_E: npt.NDArray[np.int32],
+        lengths_B: npt.NDArray[np.int64],
+        user_buckets_B: npt.NDArray[np.int64] | None,
+        k: int,
+        excluded: tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]] | None,
+        seed_B: npt.NDArray[np.int64] | None,
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """One batch."""
+        vocabulary = self.model.vocabulary
+        user_tokens = None
+        if user_buckets_B is not None:
+            user_tokens = torch.from_numpy(user_buckets_B.astype(np.int64) + vocabulary.user_offset)
+        history_BT = pad_histories(
+            vocabulary.tokens(self.codes_NI[item_E]), torch.from_numpy(lengths_B), user_tokens
+        )
+        with torch.inference_mode():
+            closed = None
+            if excluded is not None:
+                item_X, user_X = excluded
+                codes_XI = torch.from_numpy(self.codes_NI[item_X].astype(np.int64))
+                closed = self.trie.closed(codes_XI.to(self.device), torch.from_numpy(user_X).to(self.device))
+            found_BW, score_BW = beam_search(
+                self.model,
+                self.trie,
+                history_BT.to(self.device),
+                self.settings.beam_width,
+                closed,
+                None if seed_B is None else torch.from_numpy(seed_B).to(self.device),
+            )
+            found_BK, score_BK = found_BW[:, :k], score_BW[:, :k]
+            if seed_B is not None:  # the first k of the draw, best first
+                place_BK = best_places(score_BK.contiguous(), k)
+                found_BK, score_BK = found_BK.gather(1, place_BK), score_BK.gather(1, place_BK)
+            return found_BK.cpu().numpy(), score_BK.cpu().numpy()
+
+
+BATCH_TOKENS = {"cpu": 4096, "cuda": 262_144}
+"""History tokens and beams decoded at once, if the settings do not say: fits the caches, fills the GPU."""
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory it frees, instead of asking for it again for each matrix.
+
+    Pages that were given back cost a fault each when they are next touched, a tenth of the time of decoding.
+    """
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+        for parameter in (trim_threshold, mmap_threshold):
+            ctypes.CDLL(None).mallopt(parameter, 2**30)
 
 
 def ranges(start_B: npt.NDArray[np.int64], length_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -297,10 +297,16 @@ class DecodingSettings(Section):
 
     beam_width: Count = 20
     """Candidates kept per level W; at least the number of items asked for."""
+    temperature: Positive = 1.0
+    """Divides the logits: above 1 the probabilities even out, below 1 they sharpen."""
+    sample: bool = False
+    """Draw each user's items without replacement, by their probabilities and `seed`, instead of taking the
+    most probable ones; with a higher temperature a draw is more diverse."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of matrix products."""
-    batch_size: Count = 256
-    """Users decoded at once; sets memory."""
+    """Arithmetic of matrix products; bf16 is several times faster where the CPU or GPU knows it."""
+    batch_tokens: Count | None = None
+    """History tokens and beams of the users decoded at once, which sets memory: about 100 kB each on a CPU;
+    empty: 4,096 on a CPU and 262,144 on a GPU."""
     num_workers: Count = operational(1)
     """Decoder actors at most."""
     cpus_per_worker: Positive = operational(1)

@@ -1,14 +1,13 @@
 """T5 encoder-decoder over Semantic-ID tokens: reads a history, writes the next item's codewords.
 
-B users in batch, T history tokens, I id_length, W beams, V vocabulary, C codewords of a level, D model
-width (or width of a head, beside H), H heads.
+B users in batch, T history tokens, I id_length, W tokens of a target, V vocabulary, D model width (or width
+of a head, beside H), H heads.
 
 Same arithmetic and parameter names as `T5ForConditionalGeneration` of Hugging Face transformers (ReLU
 feed-forward, RMSNorm, relative position bias of the first layer shared by all, unscaled attention), so
 that weights travel both ways and that library is the oracle of the tests.
 
-Beside training (`loss`) there is a step-by-step decoder for beam search (`start`, `next_log_probs`): the
-cross-attention keys and values of a user are computed once and shared by all its beams.
+Here it is trained; `inference.py` has its weights laid out for beam search.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import safetensors.torch
@@ -96,31 +94,6 @@ class TigerModel(nn.Module):
         if padding_BT.is_cuda or padding_BT.any():  # asking a GPU would wait for it
             mask_B11T = torch.where(padding_BT, MASKED, 0.0)[:, None, None, :]
         return self.encoder(history_BT, mask_B11T), mask_B11T
-
-    def start(self, history_BT: Tensor) -> DecoderState:
-        """Encode histories and get ready to decode; (B, T) int64, PAD after the end."""
-        memory_BTD, mask_B11T = self.encode(history_BT)
-        memory = self.decoder.memory(memory_BTD)
-        num_users, num_heads, _, d_kv = memory[0][0].shape
-        room = memory[0][0].new_zeros(num_users, num_heads, self.vocabulary.id_length, d_kv)
-        return DecoderState(memory, mask_B11T, [(room.clone(), room.clone()) for _ in memory])
-
-    def next_log_probs(self, token_BW: Tensor, state: DecoderState) -> Tensor:
-        """Log-probabilities of the codewords of the next level, normalized over the whole vocabulary.
-
-        Args:
-            token_BW: last token of each beam, (B, W) int64; PAD at the first level.
-            state: of `start`; this call adds the token to it.
-
-        Returns:
-            Natural log-probabilities, (B, W, C) float32, C the size of the level.
-        """
-        level = state.level
-        hidden_BWD = self.decoder.step(token_BW, state)
-        logits_BWV = self._logits(hidden_BWD).float()
-        first = self.vocabulary.offsets[level]
-        logits_BWC = logits_BWV[..., first : first + self.vocabulary.level_sizes[level]]
-        return logits_BWC - logits_BWV.logsumexp(-1, keepdim=True)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         if self.settings.tie_embeddings:
@@ -205,28 +178,6 @@ class TigerModel(nn.Module):
         return model.eval()
 
 
-@dataclass
-class DecoderState:
-    """What the decoder remembers between levels: one memory per user, one row per beam."""
-
-    memory: list[tuple[Tensor, Tensor]]
-    """Per layer: keys and values of the history, each (B, H, T, D of a head)."""
-    memory_mask_B11T: Tensor | None
-    """Mask of the history's padding."""
-    written: list[tuple[Tensor, Tensor]]
-    """Per layer: keys and values of the tokens written so far, each (B x W, H, I, D of a head)."""
-    level: int = 0
-    """Codewords written so far."""
-
-    def reorder(self, beam_BW: Tensor) -> None:
-        """Make beam w of each user continue the former beam `beam_BW[:, w]`, (B, W) int64."""
-        num_users = len(beam_BW)
-        beams_before = len(self.written[0][0]) // num_users
-        row_BW = torch.arange(num_users, device=beam_BW.device)[:, None] * beams_before + beam_BW
-        row = row_BW.flatten()
-        self.written = [(key.index_select(0, row), value.index_select(0, row)) for key, value in self.written]
-
-
 class EncoderStack(nn.Module):
     """Layers of self-attention and feed-forward."""
 
@@ -282,18 +233,6 @@ class DecoderStack(nn.Module):
         hidden = self.dropout(self.final_layer_norm(hidden))
         return hidden
 
-    def step(self, token_BW: Tensor, state: DecoderState) -> Tensor:
-        """Hidden states of one more token of each beam, (B, W, D) float; the state takes it in."""
-        bias = self.block[0].layer[0].SelfAttention.position_bias(1, state.level + 1, bidirectional=False)
-        hidden: Tensor = self.embed_tokens(token_BW)
-        for layer, block in enumerate(self.block):
-            attention, cross_attention, feed_forward = block.layer
-            hidden = attention.step(hidden, bias, *state.written[layer], state.level)
-            hidden = feed_forward(cross_attention(hidden, *state.memory[layer], state.memory_mask_B11T))
-        state.level += 1
-        hidden = self.final_layer_norm(hidden)
-        return hidden
-
 
 class EncoderBlock(nn.Module):
     """One layer of the encoder."""
@@ -334,19 +273,9 @@ class SelfAttentionLayer(nn.Module):
         hidden_BTD = hidden_BTD + self.dropout(self.SelfAttention(query, key, value, bias))
         return hidden_BTD
 
-    def step(self, hidden_BWD: Tensor, bias: Tensor, key: Tensor, value: Tensor, level: int) -> Tensor:
-        """Hidden states of one more token per beam; adds it to `key` and `value`, each (B x W, H, I, D)."""
-        query_BHWD, key_BHWD, value_BHWD = self.SelfAttention.queries_keys_values(self.layer_norm(hidden_BWD))
-        key[:, :, level] = key_BHWD.transpose(1, 2).flatten(0, 1)
-        value[:, :, level] = value_BHWD.transpose(1, 2).flatten(0, 1)
-        query = query_BHWD.transpose(1, 2).flatten(0, 1).unsqueeze(2)
-        read = self.SelfAttention(query, key[:, :, : level + 1], value[:, :, : level + 1], bias)
-        hidden_BWD = hidden_BWD + read.view(hidden_BWD.shape)
-        return hidden_BWD
-
 
 class CrossAttentionLayer(nn.Module):
-    """Tokens of the target, or beams, look at the history."""
+    """Tokens of the target look at the history."""
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
@@ -357,7 +286,7 @@ class CrossAttentionLayer(nn.Module):
     def forward(
         self, hidden_BWD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """Hidden states after this sublayer; one memory serves all W tokens or beams of a user."""
+        """Hidden states after this sublayer; one memory serves all W tokens of a user."""
         query = self.EncDecAttention.queries(self.layer_norm(hidden_BWD))
         hidden_BWD = hidden_BWD + self.dropout(self.EncDecAttention(query, key_BHTD, value_BHTD, mask))
         return hidden_BWD

@@ -47,6 +47,7 @@ def run(
             "format_version": FORMAT_VERSIONS["recommendations"],
             "inputs": {name: manifest.digest for name, manifest in inputs.items()},
             "settings": {name: section.fingerprint() for name, section in sections.items()},
+            "seed": settings.seed if settings.decoding.sample else None,
         }
     )
     return run_stage(
@@ -133,6 +134,7 @@ class Scorer:
             load_model(storage, model, semantic_ids), self.ids.codes_NI, self.ids.eligible_N, decoding, device
         )
         self.vocabulary = self.decoder.model.vocabulary
+        self._sample, self._seed = decoding.sample, settings.seed
         self.popular = storage.read_table(sequences, "popularity.parquet")
 
     def recommend(
@@ -149,7 +151,14 @@ class Scorer:
         if self.vocabulary.num_user_buckets:
             assert user_hash_B is not None
             buckets = user_buckets(user_hash_B, self.vocabulary)
-        return self.decoder.recommend(item_index, lengths_B, buckets, k, exclude_history=exclude_history)
+        seed_B = None
+        if self._sample:
+            assert user_hash_B is not None
+            # mixed, because shards and user buckets follow from the hash itself
+            seed_B = mixed(user_hash_B, self._seed).view(np.int64)
+        return self.decoder.recommend(
+            item_index, lengths_B, buckets, k, exclude_history=exclude_history, seed_B=seed_B
+        )
 
     def most_popular(
         self, k: int, counted: str = "events"

@@ -51,14 +51,8 @@ class Vocabulary:
         """Tokens in all."""
         return self.user_offset + self.num_user_buckets
 
-    def item_tokens(self, codes_NI: npt.NDArray[np.int16]) -> Tensor:
-        """Token ids of every item.
-
-        Args:
-            codes_NI: Semantic IDs, (N, I) int16.
-
-        Returns:
-            Token ids, (N, I) int64.
+    def require_codes(self, codes_NI: npt.NDArray[np.int16]) -> None:
+        """Check that Semantic IDs, (N, I) int16, are of this ID space.
 
         Raises:
             ArtifactError: the codes are of another ID space than this vocabulary.
@@ -75,7 +69,25 @@ class Vocabulary:
                     f"level {level} of the Semantic IDs holds codewords {codes_N.min()} to {codes_N.max()}, "
                     f"but this model knows 0 to {size - 1}; they belong to different ID spaces"
                 )
-        return torch.from_numpy(codes_NI.astype(np.int64) + np.array(self.offsets))
+
+    def tokens(self, codes_NI: npt.NDArray[np.int16]) -> Tensor:
+        """Token ids of Semantic IDs, (N, I) int16 to (N, I) int64."""
+        return torch.from_numpy(codes_NI + np.array(self.offsets))
+
+    def item_tokens(self, codes_NI: npt.NDArray[np.int16]) -> Tensor:
+        """Token ids of every item.
+
+        Args:
+            codes_NI: Semantic IDs, (N, I) int16.
+
+        Returns:
+            Token ids, (N, I) int64.
+
+        Raises:
+            ArtifactError: the codes are of another ID space than this vocabulary.
+        """
+        self.require_codes(codes_NI)
+        return self.tokens(codes_NI)
 
     def item_codes(self, token_NI: Tensor) -> npt.NDArray[np.int16]:
         """Codewords of token ids, (N, I) int64 to (N, I) int16; undoes `item_tokens`."""
@@ -83,27 +95,23 @@ class Vocabulary:
         return codes_NI
 
 
-def pad_histories(
-    item_index: Tensor, lengths_B: Tensor, item_tokens_NI: Tensor, user_tokens_B: Tensor | None
-) -> Tensor:
+def pad_histories(token_EI: Tensor, lengths_B: Tensor, user_tokens_B: Tensor | None) -> Tensor:
     """Histories as the encoder reads them: oldest item first, the user's token before it, PAD after it.
 
     Args:
-        item_index: items of all histories one after the other, (E,) int32.
+        token_EI: token ids of the items of all histories one after the other, (E, I) int64.
         lengths_B: items per history, (B,) integer; they sum to E.
-        item_tokens_NI: token ids of every item, (N, I) int64.
         user_tokens_B: token of each user, (B,) int64; None: no user token.
 
     Returns:
-        Token ids, (B, T) int64, on the device of `item_tokens_NI`; T fits the longest history.
+        Token ids, (B, T) int64, on the device of `token_EI`; T fits the longest history.
     """
-    device = item_tokens_NI.device
-    num_users, id_length = len(lengths_B), item_tokens_NI.shape[1]
+    device = token_EI.device
     # the caller's lengths live on the CPU, so that their maximum costs no wait for a GPU
     longest = int(lengths_B.max())
     filled = (torch.arange(longest) < lengths_B[:, None]).to(device)
-    token_BLI = torch.full((num_users, longest, id_length), PAD, device=device)
-    token_BLI[filled] = item_tokens_NI[item_index.to(device).long()]
+    token_BLI = torch.full((len(lengths_B), longest, token_EI.shape[1]), PAD, device=device)
+    token_BLI[filled] = token_EI
     token_BT = token_BLI.flatten(1)
     if user_tokens_B is None:
         return token_BT

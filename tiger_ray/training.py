@@ -183,10 +183,13 @@ class Examples:
             user_tokens = torch.from_numpy(
                 user_buckets(self.user_hash_U[user], vocabulary) + vocabulary.user_offset
             )
-        history = torch.from_numpy(self.item_index[ranges(end - lengths, lengths)])
-        history_BT = pad_histories(history, torch.from_numpy(lengths), item_tokens_NI, user_tokens)
-        target = torch.from_numpy(self.item_index[end].astype(np.int64))
-        return history_BT, item_tokens_NI[target.to(item_tokens_NI.device)]
+        read, target = (
+            item_tokens_NI[
+                torch.from_numpy(self.item_index[place].astype(np.int64)).to(item_tokens_NI.device)
+            ]
+            for place in (ranges(end - lengths, lengths), end)
+        )
+        return pad_histories(read, torch.from_numpy(lengths), user_tokens), target
 
 
 def user_buckets(user_hash: npt.NDArray[np.uint64], vocabulary: Vocabulary) -> npt.NDArray[np.int64]:

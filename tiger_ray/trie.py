@@ -1,15 +1,22 @@
 """Semantic IDs of the eligible items as a prefix tree in flat arrays, for constrained decoding.
 
-N items, I id_length, B users in batch, E excluded items of all users in batch.
+N items, I id_length, B users in batch, W beams, C codewords of a level, M candidates of one beam, E excluded
+items of all users in batch.
 
 A node is a prefix of an eligible Semantic ID. The nodes of one depth are numbered from 0 in
 lexicographic order, so the children of a node are a range of the next depth, and a lower number is a
 lower Semantic ID. Depth 0 is the root alone; the nodes of depth I are the leaves, one per eligible item.
+
+A beam carries its node. Where nodes have many children, a table says which codewords may follow a node;
+below, where they have few, the children themselves are listed. Nothing depends on the number of items but
+the size of the arrays.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,32 +25,116 @@ from torch import Tensor
 
 from tiger_ray.errors import DataError
 
+MAX_TABLE_BYTES = 2**26
+"""Most memory that the table of one level may take."""
+
+
+@dataclass(frozen=True)
+class Edges:
+    """From the nodes of one depth to their children at the next."""
+
+    first_child: Tensor
+    """First child of each node, and the end of the last one, (nodes + 1,) int32."""
+    barred: Tensor | None
+    """May a codeword not follow a node? (nodes, C) bool; None where children are listed."""
+    code: Tensor | None
+    """Codeword that leads to each child, (children,) uint8 or int16; None where there is a table."""
+    num_candidates: int
+    """Candidates of one beam M: C with a table, else the most children of one node."""
+    num_children: int
+    """Nodes of the next depth."""
+
+    @classmethod
+    def build(cls, first_child: npt.NDArray[np.int32], code: npt.NDArray[np.int16]) -> Edges:
+        """From the first child of each node and the end, and the codeword of each child."""
+        counts = np.diff(first_child)
+        num_codes, most, num_nodes = int(code.max()) + 1, int(counts.max()), len(counts)
+        starts = torch.from_numpy(first_child)
+        if 4 * most < num_codes or num_nodes * num_codes > MAX_TABLE_BYTES:
+            narrow = code.astype(np.uint8) if num_codes <= 256 else code
+            return cls(starts, None, torch.from_numpy(narrow), most, len(code))
+        barred = np.ones(num_nodes * num_codes, dtype=bool)
+        barred[np.repeat(np.arange(num_nodes) * num_codes, counts) + code] = False
+        table = torch.from_numpy(barred.reshape(num_nodes, num_codes))
+        return cls(starts, table, None, num_codes, len(code))
+
+    def to(self, device: torch.device | str) -> Edges:
+        """The same on another device."""
+        return Edges(
+            self.first_child.to(device),
+            None if self.barred is None else self.barred.to(device),
+            None if self.code is None else self.code.to(device),
+            self.num_candidates,
+            self.num_children,
+        )
+
+    def candidates(self, node_BW: Tensor, log_prob_BWC: Tensor) -> Tensor:
+        """Log-probabilities of the children of each node, in their order, (B, W, M); -inf where there is none.
+
+        Args:
+            node_BW: nodes, (B, W) int64.
+            log_prob_BWC: of all codewords of the level, (B, W, C) float.
+        """
+        if self.barred is not None:
+            log_prob_BWM = log_prob_BWC[..., : self.num_candidates]
+            return log_prob_BWM.masked_fill(self.barred[node_BW], -torch.inf)
+        nth_M = torch.arange(self.num_candidates, device=node_BW.device)
+        count_BW = self.first_child[node_BW + 1] - self.first_child[node_BW]
+        log_prob_BWM = log_prob_BWC.gather(-1, self.codes(node_BW))
+        return log_prob_BWM.masked_fill(nth_M >= count_BW[..., None], -torch.inf)
+
+    def codes(self, node_BW: Tensor) -> Tensor:
+        """Codeword of each candidate of each node, (B, W, M) int64; any where there is no child."""
+        nth_M = torch.arange(self.num_candidates, device=node_BW.device)
+        if self.code is None:
+            return nth_M.expand(*node_BW.shape, -1)
+        child_BWM = self.first_child[node_BW][..., None] + nth_M
+        return self.code[child_BWM.clamp(max=self.num_children - 1)].long()
+
+    def follow(self, node_BW: Tensor, nth_BW: Tensor) -> tuple[Tensor, Tensor]:
+        """Child and codeword of candidate `nth_BW` of each node, (B, W) int64 each."""
+        if self.barred is not None:
+            code_BW = nth_BW
+            before_C = torch.arange(self.num_candidates, device=node_BW.device) < nth_BW[..., None]
+            nth_BW = (before_C & ~self.barred[node_BW]).sum(-1)
+        child_BW = (self.first_child[node_BW] + nth_BW).clamp(max=self.num_children - 1)
+        if self.code is not None:
+            code_BW = self.code[child_BW].long()
+        return child_BW, code_BW
+
+    def find(self, node_E: Tensor, code_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which candidate of its node each codeword is, its child, and is there one? (E,) int64 and bool."""
+        if self.barred is not None:
+            there_E = code_E < self.num_candidates
+            nth_E = code_E.clamp(max=self.num_candidates - 1)
+            there_E = there_E & ~self.barred[node_E, nth_E]
+        else:
+            count_E = self.first_child[node_E + 1] - self.first_child[node_E]
+            nth_M = torch.arange(self.num_candidates, device=node_E.device)
+            same_EM = (self.codes(node_E) == code_E[:, None]) & (nth_M < count_E[:, None])
+            there_E, nth_E = same_EM.max(-1)
+        return nth_E, self.follow(node_E, nth_E)[0], there_E
+
+
+class Closed(NamedTuple):
+    """Candidates barred for some users, of one level."""
+
+    user_E: Tensor
+    """Place of the user in the batch, (E,) int64."""
+    node_E: Tensor
+    """Node of a beam that the candidate belongs to, (E,) int64."""
+    nth_E: Tensor
+    """Which candidate of that node, (E,) int64."""
+
 
 @dataclass(frozen=True)
 class Trie:
     """Which codeword may follow which prefix."""
 
-    child_start: tuple[Tensor, ...]
-    """Per depth 0 to I - 1: first child of each node, and the end of the last one, (nodes + 1,) int32."""
-    child_code: tuple[Tensor, ...]
-    """Per depth 0 to I - 1: codeword that leads to each node of the next depth, (nodes there,) int16."""
-    max_children: tuple[int, ...]
-    """Per depth 0 to I - 1: most children of one node."""
+    edges: tuple[Edges, ...]
+    """From depth 0 to I - 1, to the next."""
     item_index: Tensor
     """Item of each leaf, (leaves,) int32."""
-    leaf: npt.NDArray[np.int32]
-    """Leaf of each item, -1 where it is not eligible, (N,) int32; on the CPU."""
-    first_leaf: tuple[npt.NDArray[np.int32], ...]
-    """Per depth 0 to I: first leaf under each node, and the end of the last one, (nodes + 1,); on the CPU."""
-
-    @property
-    def id_length(self) -> int:
-        """Codewords of one Semantic ID."""
-        return len(self.child_code)
-
-    def num_nodes(self, depth: int) -> int:
-        """Prefixes of this many codewords."""
-        return 1 if depth == 0 else len(self.child_code[depth - 1])
 
     @classmethod
     def build(cls, codes_NI: npt.NDArray[np.int16], eligible_N: npt.NDArray[np.bool_]) -> Trie:
@@ -56,7 +147,7 @@ class Trie:
         Raises:
             DataError: no item is eligible, or two of them share a Semantic ID.
 
-        Source: ours; the flat layout is that of STATIC (arXiv 2602.22647).
+        Source: ours; tables above, lists below is STATIC's (arXiv 2602.22647).
         """
         item_index = np.flatnonzero(eligible_N).astype(np.int32)
         if not len(item_index):
@@ -64,72 +155,87 @@ class Trie:
                 f"none of the {len(eligible_N)} items may be recommended; "
                 "check the column that catalog.available names, and the catalog itself"
             )
-        id_length = codes_NI.shape[1]
-        columns = [np.ascontiguousarray(codes_NI[item_index, level]) for level in range(id_length)]
-        order = np.lexsort(columns[::-1])
-        item_index = item_index[order]
+        codes_NI = codes_NI if len(item_index) == len(codes_NI) else codes_NI[item_index]
+        order = _lexicographic_order(codes_NI)
+        if order is not None:
+            item_index = item_index[order]
         # is this row, in order, the first one of its prefix?
-        is_first = np.zeros(len(order), dtype=bool)
+        is_first = np.zeros(len(item_index), dtype=bool)
         is_first[0] = True
-        first_leaf = [np.array([0, len(order)], dtype=np.int32)]
-        child_start, child_code = [], []
-        for column in columns:
-            column = column[order]
+        parent_starts = np.array([0, len(item_index)], dtype=np.int32)
+        edges = []
+        for column in codes_NI.T:
+            column = np.ascontiguousarray(column) if order is None else column[order]
             is_first[1:] |= column[1:] != column[:-1]
-            starts = np.append(np.flatnonzero(is_first), len(order)).astype(np.int32)
-            child_start.append(np.searchsorted(starts, first_leaf[-1]).astype(np.int32))
-            child_code.append(column[starts[:-1]])
-            first_leaf.append(starts)
+            starts = np.append(np.flatnonzero(is_first), len(column)).astype(np.int32)
+            first_child = np.searchsorted(starts, parent_starts).astype(np.int32)
+            edges.append(Edges.build(first_child, column[starts[:-1]]))
+            parent_starts = starts
         if not is_first.all():
             twin = int(np.argmin(is_first))
+            twins = sorted(item_index[twin - 1 : twin + 1].tolist())
+            row = twin if order is None else order[twin]
             raise DataError(
-                f"items {item_index[twin - 1]} and {item_index[twin]} share the Semantic ID "
-                f"{tuple(codes_NI[item_index[twin]].tolist())}; the Semantic IDs are damaged"
+                f"items {twins[0]} and {twins[1]} share the Semantic ID {tuple(codes_NI[row].tolist())}; "
+                "the Semantic IDs are damaged"
             )
-        leaf = np.full(len(eligible_N), -1, dtype=np.int32)
-        leaf[item_index] = np.arange(len(item_index), dtype=np.int32)
-        return cls(
-            child_start=tuple(map(torch.from_numpy, child_start)),
-            child_code=tuple(map(torch.from_numpy, child_code)),
-            max_children=tuple(int(np.diff(start).max()) for start in child_start),
-            item_index=torch.from_numpy(item_index),
-            leaf=leaf,
-            first_leaf=tuple(first_leaf),
-        )
+        return cls(tuple(edges), torch.from_numpy(item_index))
 
     def to(self, device: torch.device | str) -> Trie:
-        """The same trie, its tensors on another device."""
-        return Trie(
-            child_start=tuple(start.to(device) for start in self.child_start),
-            child_code=tuple(code.to(device) for code in self.child_code),
-            max_children=self.max_children,
-            item_index=self.item_index.to(device),
-            leaf=self.leaf,
-            first_leaf=self.first_leaf,
-        )
+        """The same trie on another device."""
+        return Trie(tuple(edges.to(device) for edges in self.edges), self.item_index.to(device))
 
-    def closed_nodes(
-        self, excluded: npt.NDArray[np.int32], lengths_B: npt.NDArray[np.int64]
-    ) -> tuple[Tensor, ...]:
-        """Nodes under which a user has nothing left, because every leaf there is excluded for that user.
+    def closed(self, codes_EI: Tensor, user_E: Tensor) -> tuple[Closed, ...]:
+        """Where a user has nothing left, because every leaf there is excluded for that user.
 
         Args:
-            excluded: excluded items of all users one after the other, (E,) int32; repeats are fine.
-            lengths_B: excluded items per user, (B,) integer.
+            codes_EI: Semantic IDs of the excluded items of all users, (E, I) int64; repeats and items that
+                are not eligible are fine.
+            user_E: place of each one's user in the batch, (E,) int64.
 
         Returns:
-            Per depth 1 to I: sorted user x nodes of that depth + node, (closed nodes of all users,) int64.
+            What to bar, for each level.
         """
-        user = np.repeat(np.arange(len(lengths_B), dtype=np.int64), lengths_B)
-        leaf = self.leaf[excluded]
-        num_leaves = len(self.item_index)
-        pair = np.unique((user * num_leaves + leaf)[leaf >= 0])
-        user, leaf = np.divmod(pair, num_leaves)
+        node_E = torch.zeros_like(user_E)
+        there_E = torch.ones_like(user_E, dtype=torch.bool)
+        path = []
+        for edges, code_E in zip(self.edges, codes_EI.T, strict=True):
+            nth_E, child_E, found_E = edges.find(node_E, code_E)
+            there_E &= found_E
+            path.append((node_E, nth_E, child_E))
+            node_E = child_E
+        # each pair of user and leaf once, and in order, which is their order at every depth
+        pair_E, place_E = (user_E * len(self.item_index) + node_E)[there_E].sort()
+        is_new = torch.ones_like(pair_E, dtype=torch.bool)
+        is_new[1:] = pair_E[1:] != pair_E[:-1]
+        kept_E = there_E.nonzero()[:, 0][place_E[is_new]]
+        user_E = user_E[kept_E]
         closed = []
-        for first_leaf in self.first_leaf[1:]:
-            node = np.searchsorted(first_leaf, leaf, side="right") - 1
-            pair, count = np.unique(user * (len(first_leaf) - 1) + node, return_counts=True)
-            node = pair % (len(first_leaf) - 1)
-            pair = pair[count == first_leaf[node + 1] - first_leaf[node]]
-            closed.append(torch.from_numpy(pair).to(self.item_index.device))
+        for depth, (edges, step) in enumerate(zip(self.edges, path, strict=True), start=1):
+            node_E, nth_E, child_E = (column[kept_E] for column in step)
+            pair_E = user_E * edges.num_children + child_E
+            _, count_E = torch.unique_consecutive(pair_E, return_counts=True)
+            first_E = count_E.cumsum(0) - count_E
+            full_E = first_E[count_E == self._num_leaves(depth, child_E[first_E])]
+            closed.append(Closed(user_E[full_E], node_E[full_E], nth_E[full_E]))
         return tuple(closed)
+
+    def _num_leaves(self, depth: int, node_E: Tensor) -> Tensor:
+        """Leaves under nodes of one depth."""
+        end_E = node_E + 1
+        for edges in self.edges[depth:]:
+            node_E, end_E = edges.first_child[node_E].long(), edges.first_child[end_E].long()
+        return end_E - node_E
+
+
+def _lexicographic_order(codes_NI: npt.NDArray[np.int16]) -> npt.NDArray[np.int64] | None:
+    """Rows in the order of their codes; None if they are in it already."""
+    sizes = [int(column.max()) + 1 for column in codes_NI.T]
+    if math.prod(sizes) >= 2**63:
+        return np.lexsort(codes_NI.T[::-1])
+    # one integer for each row sorts much faster than columns do
+    key_N = np.zeros(len(codes_NI), dtype=np.int64)
+    for column, size in zip(codes_NI.T, sizes, strict=True):
+        key_N *= size
+        key_N += column
+    return None if (key_N[1:] > key_N[:-1]).all() else np.argsort(key_N)

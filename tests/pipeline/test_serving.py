@@ -72,9 +72,7 @@ class World(NamedTuple):
         vocabulary = self.network.vocabulary
         tokens_NI = vocabulary.item_tokens(self.codes_NI)
         user = None if bucket is None else torch.tensor([vocabulary.user_offset + bucket])
-        history_1T = pad_histories(
-            torch.tensor(history, dtype=torch.int32), torch.tensor([len(history)]), tokens_NI, user
-        )
+        history_1T = pad_histories(tokens_NI[history], torch.tensor([len(history)]), user)
         with torch.inference_mode():
             logits_NIV = self.network(history_1T.expand(NUM_ITEMS, -1), tokens_NI)
         log_prob_NIV = logits_NIV.log_softmax(-1)

@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import T5Config, T5ForConditionalGeneration
 
-from tiger_ray.beam_search import Decoder, beam_search, best_places, ranges
+from tiger_ray import hashing
+from tiger_ray.beam_search import Decoder, beam_search, best_places, gumbel, mixed, ranges
 from tiger_ray.config import DecodingSettings, ModelSettings
 from tiger_ray.errors import ArtifactError
+from tiger_ray.inference import InferenceModel
 from tiger_ray.model import TigerModel
 from tiger_ray.tokens import PAD, Vocabulary
 from tiger_ray.trie import Trie
@@ -77,11 +79,11 @@ def test_beam_search_equals_exhaustive_scoring_on_tiny_catalogs(seed, num_items,
         assert (np.diff(score_BK[user, :count]) <= 0).all()
 
 
-def test_beam_search_equals_generate_of_hugging_face():
-    codes_NI = catalog_of(0, 40)
-    eligible_N = np.arange(40) % 5 != 0
-    item_index, lengths_B = histories_of(0, 4, 40)
-    width = 7
+@pytest.mark.parametrize("width", [7, 10, 50])
+def test_beam_search_equals_generate_of_hugging_face(width):
+    codes_NI = catalog_of(0, 70)
+    eligible_N = np.arange(70) % 5 != 0
+    item_index, lengths_B = histories_of(0, 4, 70)
     decoder = Decoder(MODEL, codes_NI, eligible_N, DecodingSettings(beam_width=width))
     found_BW, score_BW = decoder.recommend(item_index, lengths_B, None, width)
 
@@ -153,7 +155,7 @@ def test_a_user_gets_the_same_alone_and_among_others():
     codes_NI = catalog_of(5, 50)
     item_index, lengths_B = histories_of(5, 23, 50, longest=9)
     buckets_B = np.arange(23) % 10
-    decoding = DecodingSettings(beam_width=8, batch_size=5)
+    decoding = DecodingSettings(beam_width=8, batch_tokens=120)
     decoder = Decoder(model, codes_NI, np.ones(50, bool), decoding)
     found_BK, score_BK = decoder.recommend(item_index, lengths_B, buckets_B, 6)
     assert found_BK.shape == (23, 6)
@@ -271,3 +273,143 @@ def test_ids_of_one_code_are_decoded_too():
         expected_N = np.where(np.arange(30) % 4 > 0, score_every_item(model, codes_NI, history), -np.inf)
         assert found_BK[user].tolist() == np.argsort(-expected_N)[:10].tolist()
         np.testing.assert_allclose(score_BK[user], np.sort(expected_N)[::-1][:10], atol=1e-4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32), st.integers(2, 72), st.integers(1, 6), st.booleans(), st.booleans())
+def test_nothing_invalid_or_excluded_comes_out_of_narrow_beams(seed, num_items, width, sample, bf16):
+    """Of random catalogs, masks, models and seeds; and as many items as are left, up to the width."""
+    torch.manual_seed(seed)
+    model = tiny_model()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1 + 2 * torch.rand(()))
+    codes_NI = catalog_of(seed, num_items)
+    eligible_N = np.random.default_rng(seed).random(num_items) < 0.5
+    eligible_N[seed % num_items] = True
+    item_index, lengths_B = histories_of(seed, 5, num_items, longest=12)
+    decoding = DecodingSettings(beam_width=width, precision="bf16" if bf16 else "fp32")
+    decoder = Decoder(model, codes_NI, eligible_N, decoding)
+    seed_B = np.arange(5) if sample else None
+    found_BK, score_BK = decoder.recommend(
+        item_index, lengths_B, None, width, exclude_history=True, seed_B=seed_B
+    )
+    assert decoder.num_eligible == eligible_N.sum()
+    for user, history in enumerate(split(item_index, lengths_B)):
+        left = set(np.flatnonzero(eligible_N)) - set(history)
+        count = min(width, len(left))
+        assert set(found_BK[user, :count]) <= left
+        assert len(set(found_BK[user, :count])) == count
+        assert (found_BK[user, count:] == -1).all()
+        assert np.isfinite(score_BK[user, :count]).all()
+        assert (np.diff(score_BK[user, :count]) <= 0).all()
+
+
+def item_probabilities(codes_NI: np.ndarray, history: np.ndarray) -> np.ndarray:
+    """Of each item, when every codeword is drawn from those that some item goes on with, (N,)."""
+    token_NI = MODEL.vocabulary.item_tokens(codes_NI)
+    history_NT = token_NI[history.astype(np.int64)].reshape(1, -1).expand(len(codes_NI), -1)
+    with torch.no_grad():
+        log_prob_NIV = MODEL(history_NT, token_NI).log_softmax(-1).numpy()
+    probability_N = np.ones(len(codes_NI))
+    for item, codes in enumerate(codes_NI):
+        for level in range(codes_NI.shape[1]):
+            siblings = {
+                other[level] for other in codes_NI.tolist() if other[:level] == codes[:level].tolist()
+            }
+            own = np.exp(log_prob_NIV[item, level])
+            first = MODEL.vocabulary.offsets[level]
+            probability_N[item] *= own[first + codes[level]] / sum(own[first + code] for code in siblings)
+    return probability_N
+
+
+def test_draws_are_without_replacement_by_probability():
+    """First items, and ordered pairs, as often as their probabilities say."""
+    codes_NI = catalog_of(8, 6)
+    history = np.array([2, 0], np.int32)
+    probability_N = item_probabilities(codes_NI, history)
+    assert probability_N.sum() == pytest.approx(1, abs=1e-5)
+    count = 20_000
+    model = InferenceModel(MODEL)
+    trie = Trie.build(codes_NI, np.ones(6, bool))
+    history_BT = MODEL.vocabulary.tokens(codes_NI[history]).reshape(1, -1).expand(count, -1)
+    with torch.inference_mode():
+        found_BW, _ = beam_search(model, trie, history_BT, 2, seed_B=mixed(torch.arange(count)))
+    pairs = np.zeros((6, 6))
+    np.add.at(pairs, tuple(found_BW.numpy().T), 1)
+    expected = np.outer(probability_N, probability_N) / (1 - probability_N[:, None])
+    np.fill_diagonal(expected, 0)
+    # within five standard deviations of each count
+    assert (np.abs(pairs - count * expected) <= 5 * np.sqrt(count * expected) + 1e-9).all()
+
+
+def test_a_draw_of_everything_is_everything_and_a_seed_decides():
+    codes_NI = catalog_of(9, 30)
+    item_index, lengths_B = histories_of(9, 40, 30)
+    decoder = Decoder(MODEL, codes_NI, np.ones(30, bool), DecodingSettings(beam_width=30))
+    seed_B = np.arange(40) * 7919
+    whole_BK, _ = decoder.recommend(item_index, lengths_B, None, 30, seed_B=seed_B)
+    assert (np.sort(whole_BK, axis=1) == np.arange(30)).all()
+
+    few = [
+        decoder.recommend(item_index, lengths_B, None, 5, seed_B=seed)[0]
+        for seed in (seed_B, seed_B, seed_B + 1)
+    ]
+    best_BK, _ = decoder.recommend(item_index, lengths_B, None, 5)
+    assert (few[0] == few[1]).all()
+    assert (few[0] != few[2]).any(axis=1).mean() > 0.5
+    assert (few[0] != best_BK).any(axis=1).mean() > 0.5
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_neither_the_batch_nor_the_other_users_nor_the_threads_change_an_answer(sample):
+    codes_NI = catalog_of(10, 60)
+    item_index, lengths_B = histories_of(10, 37, 60, longest=9)
+    seed_B = np.random.default_rng(0).integers(0, 2**62, 37)
+    order = np.random.default_rng(1).permutation(37)
+    rows = split(item_index, lengths_B)
+    shuffled = np.concatenate([rows[user] for user in order])
+    answers = []
+    for threads, tokens in ((1, None), (1, 1), (2, 100)):
+        decoding = DecodingSettings(beam_width=8, batch_tokens=tokens)
+        decoder = Decoder(MODEL, codes_NI, np.ones(60, bool), decoding)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        seeds = seed_B if sample else None
+        straight_BK, score_BK = decoder.recommend(item_index, lengths_B, None, 6, seed_B=seeds)
+        mixed_BK, _ = decoder.recommend(
+            shuffled, lengths_B[order], None, 6, seed_B=seeds if seeds is None else seeds[order]
+        )
+        torch.set_num_threads(before)
+        np.testing.assert_array_equal(straight_BK[order], mixed_BK)
+        answers.append((straight_BK, score_BK))
+    for found_BK, score_BK in answers[1:]:
+        np.testing.assert_array_equal(found_BK, answers[0][0])
+        np.testing.assert_allclose(score_BK, answers[0][1], atol=1e-4)
+
+
+def test_a_batch_holds_as_many_tokens_as_the_budget_and_every_user_once():
+    model = tiny_model(max_history=6)
+    decoder = Decoder(
+        model, catalog_of(11, 20), np.ones(20, bool), DecodingSettings(beam_width=10, batch_tokens=200)
+    )
+    read_B = np.random.default_rng(0).integers(1, 7, 100)
+    excluded_B = np.where(np.arange(100) == 50, 100_000, 0)
+    batches = list(decoder._batches(read_B, excluded_B))
+    assert sorted(np.concatenate(batches)) == list(range(100))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * (4 * read_B[batch].max() + 10) <= 200
+        assert 50 not in batch or len(batch) == 1
+    assert len(batches) < 40
+
+
+def test_the_hash_of_a_draw_is_that_of_the_rest_of_the_package():
+    key_N = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 100)
+    expected = hashing.mixed(key_N.view(np.uint64))
+    assert (mixed(torch.from_numpy(key_N)).numpy().view(np.uint64) == expected).all()
+
+
+def test_gumbel_noise_has_its_mean_and_deviation():
+    noise = gumbel(mixed(torch.arange(200_000)))
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.02)
+    assert noise.std().item() == pytest.approx(np.pi / np.sqrt(6), abs=0.02)

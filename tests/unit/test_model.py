@@ -105,37 +105,6 @@ def test_initial_weights_deviate_as_those_of_hugging_face():
         assert ours.get_parameter(name).std().item() == pytest.approx(weight.std().item(), rel=0.1), name
 
 
-def test_decoding_step_by_step_equals_decoding_at_once():
-    model = tiny_model()
-    history_BT, target_BI = padded_batch()
-    with torch.no_grad():
-        log_prob_BIV = model(history_BT, target_BI).log_softmax(-1)
-        state = model.start(history_BT)
-        token_BW = torch.full((4, 1), PAD)
-        for level, first in enumerate(VOCABULARY.offsets):
-            log_prob_BWC = model.next_log_probs(token_BW, state)
-            expected_BC = log_prob_BIV[:, level, first : first + VOCABULARY.level_sizes[level]]
-            torch.testing.assert_close(log_prob_BWC[:, 0], expected_BC, atol=1e-5, rtol=0)
-            token_BW = target_BI[:, level : level + 1]
-
-
-def test_beams_keep_their_own_past_when_they_are_reordered():
-    model = tiny_model()
-    history_BT, _ = padded_batch()
-    first, second, third = VOCABULARY.offsets
-    with torch.no_grad():
-        state = model.start(history_BT)
-        model.next_log_probs(torch.full((4, 1), PAD), state)
-        state.reorder(torch.zeros(4, 2, dtype=torch.int64))
-        model.next_log_probs(torch.tensor([[first, first + 1]] * 4), state)
-        state.reorder(torch.tensor([[1, 0, 1]] * 4))
-        log_prob_BWC = model.next_log_probs(torch.tensor([[second, second + 1, second + 2]] * 4), state)
-        for beam, past in enumerate(([first + 1, second], [first, second + 1], [first + 1, second + 2])):
-            target_BI = torch.tensor([[*past, third]] * 4)
-            expected_BC = model(history_BT, target_BI).log_softmax(-1)[:, 2, third : third + 4]
-            torch.testing.assert_close(log_prob_BWC[:, beam], expected_BC, atol=1e-5, rtol=0)
-
-
 def test_bf16_stays_near_fp32():
     model = tiny_model()
     history_BT, target_BI = padded_batch()

@@ -58,6 +58,6 @@ def test_padded_histories_equal_a_plain_loop(histories, with_user):
             row += item_tokens_NI[item].tolist()
         rows.append(row + [PAD] * 3 * (max(map(len, histories)) - len(history)))
 
-    flat = torch.tensor([item for history in histories for item in history], dtype=torch.int32)
+    flat = torch.tensor([item for history in histories for item in history])
     lengths_B = torch.tensor([len(history) for history in histories])
-    assert pad_histories(flat, lengths_B, item_tokens_NI, user_tokens_B).tolist() == rows
+    assert pad_histories(item_tokens_NI[flat], lengths_B, user_tokens_B).tolist() == rows

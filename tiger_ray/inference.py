@@ -1,0 +1,282 @@
+"""A trained model laid out for decoding: the numbers of `TigerModel`, several times sooner.
+
+B users in batch, T history tokens, I id_length, W beams, S levels written so far, V vocabulary, C codewords
+of a level, D model width, H heads, K width of a head, A = H x K.
+
+What it does that the model's own `forward` does not:
+
+- a history is encoded once, and its cross-attention keys and values serve all beams of the user;
+- keys and values of codewords written before follow their beam by index;
+- the first layers look their projections up by token, because they depend on nothing else;
+- scales of norms are part of the weights behind them, products of one input are one product, and weights
+  are packed once.
+
+Matrix products are in the precision asked for, the residual stream and the log-probabilities in float32.
+
+Source: ours; the idea of one memory for all beams is that of xGR (arXiv 2512.11529) for decoder-only models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tiger_ray.model import EPSILON, MASKED, DecoderBlock, EncoderBlock, Norm, TigerModel
+from tiger_ray.tokens import PAD
+
+Linear = Callable[[Tensor], Tensor]
+
+
+class InferenceModel:
+    """Encoder and step-by-step decoder with the weights of a `TigerModel`.
+
+    Args:
+        model: trained; it is left as it is.
+        dtype: precision of matrix products, float32 or bfloat16.
+        device: where to compute.
+        temperature: divides the logits; above 1 it evens the probabilities out.
+    """
+
+    def __init__(
+        self,
+        model: TigerModel,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        temperature: float = 1.0,
+    ) -> None:
+        settings = model.settings
+        self.vocabulary, self.max_history = model.vocabulary, settings.max_history
+        self.dtype, self.device = dtype, torch.device(device)
+        self._num_heads, self._d_kv = settings.num_heads, settings.d_kv
+        id_length = self.vocabulary.id_length
+        longest = settings.max_history * id_length + 1
+        with torch.no_grad():
+            self._embedding_VD = model.shared.weight.detach().float().to(self.device)
+            encoder, decoder = model.encoder.block, model.decoder.block
+            bias = encoder[0].layer[0].SelfAttention.position_bias(longest, longest, bidirectional=True)
+            self._encoder_bias_HTT = bias[0].to(self.device, dtype)
+            bias = decoder[0].layer[0].SelfAttention.position_bias(id_length, id_length, bidirectional=False)
+            self._decoder_bias_IIH = bias[0].permute(1, 2, 0).to(self.device, dtype)
+            self._encoder = [self._encoder_layer(block, number) for number, block in enumerate(encoder)]
+            self._decoder = [self._decoder_layer(block, number) for number, block in enumerate(decoder)]
+            crossed = [block.layer[1].EncDecAttention for block in decoder]
+            norm = model.encoder.final_layer_norm
+            self._memory = [self._linear(norm, cross.k.weight, cross.v.weight) for cross in crossed]
+            scale = (settings.d_model**-0.5 if settings.tie_embeddings else 1.0) / temperature
+            self._logits = self._linear(model.decoder.final_layer_norm, model.lm_head.weight * scale)
+            # sums over the width of each head, and back, as matrix products
+            head_HH = torch.eye(self._num_heads, device=self.device, dtype=dtype)
+            self._head_AH = head_HH.repeat_interleave(self._d_kv, dim=0)
+            self._head_HA = self._head_AH.t().contiguous()
+
+    def start(self, history_BT: Tensor) -> DecoderState:
+        """Encode histories and get ready to decode.
+
+        Args:
+            history_BT: token ids, (B, T) int64, PAD after the end.
+        """
+        num_users, length = history_BT.shape
+        bias_HTT = self._encoder_bias_HTT[:, :length, :length]
+        bias_BHTT = bias_HTT.expand(num_users, -1, -1, -1)
+        mask_B11T = None
+        padding_BT = history_BT == PAD
+        if padding_BT.is_cuda or padding_BT.any():  # asking a GPU would wait for it
+            mask_B11T = (padding_BT * MASKED).to(self.dtype)[:, None, None, :]
+            bias_BHTT = bias_BHTT + mask_B11T
+        bias = bias_BHTT.reshape(-1, length, length)
+        hidden_BTD = F.embedding(history_BT, self._embedding_VD)
+        for number, layer in enumerate(self._encoder):
+            projected = layer.by_token(history_BT) if number == 0 else layer.attention(self._norm(hidden_BTD))
+            query, key, value = self._by_head(projected, 3)
+            share = softmax(torch.baddbmm(bias, query, key.transpose(1, 2)))
+            hidden_BTD += layer.attention_out(self._by_token(share @ value, num_users))
+            hidden_BTD += layer.feed_forward_out(layer.feed_forward(self._norm(hidden_BTD)))
+        normed_BTD = self._norm(hidden_BTD)
+        memory = list[tuple[Tensor, Tensor]]()
+        for linear in self._memory:
+            key, value = self._by_head(linear(normed_BTD), 2)
+            memory.append((key.transpose(1, 2), value))
+        if mask_B11T is not None:
+            mask_B11T = mask_B11T.expand(-1, self._num_heads, -1, -1).reshape(-1, 1, length)
+        return DecoderState(memory, mask_B11T, [[] for _ in self._decoder])
+
+    def next_log_probs(self, token_BW: Tensor, state: DecoderState) -> Tensor:
+        """Log-probabilities of the codewords of the next level, normalized over the whole vocabulary.
+
+        Args:
+            token_BW: last token of each beam, (B, W) int64; PAD, and one beam, at the first level.
+            state: of `start`; this call adds the token to it.
+
+        Returns:
+            Natural log-probabilities, (B, W, C) float32, C the size of the level.
+        """
+        level = state.level
+        hidden_BWD = F.embedding(token_BW, self._embedding_VD)
+        for number, layer in enumerate(self._decoder):
+            projected = layer.by_token(token_BW) if number == 0 else layer.attention(self._norm(hidden_BWD))
+            read_BWA = self._read_written(projected, state.written[number])
+            hidden_BWD += layer.attention_out(read_BWA)
+            hidden_BWD += layer.cross_out(
+                self._read_memory(
+                    layer.cross_query(self._norm(hidden_BWD)), *state.memory[number], state.mask
+                )
+            )
+            hidden_BWD += layer.feed_forward_out(layer.feed_forward(self._norm(hidden_BWD)))
+        state.level += 1
+        logits_BWV = self._logits(self._norm(hidden_BWD)).float()
+        first = self.vocabulary.offsets[level]
+        logits_BWC = logits_BWV[..., first : first + self.vocabulary.level_sizes[level]]
+        return logits_BWC - logits_BWV.logsumexp(-1, keepdim=True)
+
+    def _read_written(self, projected_BW3A: Tensor, written: list[Tensor]) -> Tensor:
+        """What each beam reads from its own codewords, (B, W, A); adds the last one to `written`."""
+        width = self._num_heads * self._d_kv
+        query_BWA, last_BW2A = projected_BW3A[..., :width], projected_BW3A[..., width:]
+        written.append(last_BW2A)
+        num_levels = len(written)
+        if num_levels == 1:
+            return last_BW2A[..., width:]
+        # a batch of tiny products, one for each beam and head, takes twice as long as this
+        product_SBWA = query_BWA.new_empty(num_levels, *query_BWA.shape)
+        for level, pair in enumerate(written):
+            torch.mul(query_BWA, pair[..., :width], out=product_SBWA[level])
+        score_SBWH = product_SBWA @ self._head_AH
+        score_SBWH += self._decoder_bias_IIH[num_levels - 1, :num_levels, None, None]
+        share_SBWA = score_SBWH.softmax(0) @ self._head_HA
+        read_BWA = share_SBWA[0].mul_(written[0][..., width:])
+        for level in range(1, num_levels):
+            read_BWA = read_BWA.addcmul_(share_SBWA[level], written[level][..., width:])
+        return read_BWA
+
+    def _read_memory(self, query_BWA: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """What each beam reads from the history, (B, W, A)."""
+        num_users = len(query_BWA)
+        (query,) = self._by_head(query_BWA, 1)
+        score = (
+            query @ key if mask is None else torch.baddbmm(mask.expand(-1, query.shape[1], -1), query, key)
+        )
+        return self._by_token(softmax(score) @ value, num_users)
+
+    def _norm(self, hidden: Tensor) -> Tensor:
+        return F.rms_norm(hidden, hidden.shape[-1:], eps=EPSILON).to(self.dtype)
+
+    def _by_head(self, projected_BTA: Tensor, count: int) -> tuple[Tensor, ...]:
+        """`count` projections side by side to one of (B x H, T, K) each."""
+        num_users, length = projected_BTA.shape[:2]
+        split = projected_BTA.view(num_users, length, count, self._num_heads, self._d_kv)
+        return split.permute(2, 0, 3, 1, 4).reshape(count, -1, length, self._d_kv).unbind()
+
+    def _by_token(self, read: Tensor, num_users: int) -> Tensor:
+        """(B x H, T, K) to (B, T, A)."""
+        return read.view(num_users, self._num_heads, *read.shape[1:]).transpose(1, 2).flatten(2)
+
+    def _linear(self, norm: Norm | None, *weights: Tensor, relu: bool = False) -> Linear:
+        weight = torch.cat([weight.detach().float() for weight in weights])
+        if norm is not None:
+            weight = weight * norm.weight.detach().float()
+        return linear(weight.to(self.device, self.dtype), relu=relu)
+
+    def _encoder_layer(self, block: EncoderBlock, number: int) -> EncoderLayer:
+        attention, feed_forward = block.layer
+        of = attention.SelfAttention
+        project = self._linear(attention.layer_norm, of.q.weight, of.k.weight, of.v.weight)
+        dense = feed_forward.DenseReluDense
+        return EncoderLayer(
+            by_token=self._by_token_table(project, number),
+            attention=project,
+            attention_out=self._linear(None, of.o.weight),
+            feed_forward=self._linear(feed_forward.layer_norm, dense.wi.weight, relu=True),
+            feed_forward_out=self._linear(None, dense.wo.weight),
+        )
+
+    def _decoder_layer(self, block: DecoderBlock, number: int) -> DecoderLayer:
+        attention, cross, feed_forward = block.layer
+        of, crossed = attention.SelfAttention, cross.EncDecAttention
+        project = self._linear(attention.layer_norm, of.q.weight, of.k.weight, of.v.weight)
+        dense = feed_forward.DenseReluDense
+        return DecoderLayer(
+            by_token=self._by_token_table(project, number),
+            attention=project,
+            attention_out=self._linear(None, of.o.weight),
+            cross_query=self._linear(cross.layer_norm, crossed.q.weight),
+            cross_out=self._linear(None, crossed.o.weight),
+            feed_forward=self._linear(feed_forward.layer_norm, dense.wi.weight, relu=True),
+            feed_forward_out=self._linear(None, dense.wo.weight),
+        )
+
+    def _by_token_table(self, project: Linear, number: int) -> Linear:
+        if number > 0:
+            return project
+        table = project(self._norm(self._embedding_VD))
+        return lambda token: F.embedding(token, table)
+
+
+class EncoderLayer(NamedTuple):
+    """Products of one layer of the encoder."""
+
+    by_token: Linear
+    attention: Linear
+    attention_out: Linear
+    feed_forward: Linear
+    feed_forward_out: Linear
+
+
+class DecoderLayer(NamedTuple):
+    """Products of one layer of the decoder."""
+
+    by_token: Linear
+    attention: Linear
+    attention_out: Linear
+    cross_query: Linear
+    cross_out: Linear
+    feed_forward: Linear
+    feed_forward_out: Linear
+
+
+@dataclass
+class DecoderState:
+    """What the decoder remembers between levels: one memory per user, one past per beam."""
+
+    memory: list[tuple[Tensor, Tensor]]
+    """Per layer: keys and values of the history, (B x H, K, T) and (B x H, T, K)."""
+    mask: Tensor | None
+    """Added to the scores of the history, (B x H, 1, T); None: nothing is padding."""
+    written: list[list[Tensor]]
+    """Per layer and level: keys beside values of the codeword, (B, W, 2A); one beam at the first level."""
+    level: int = 0
+    """Codewords written so far."""
+
+    def reorder(self, beam_BW: Tensor) -> None:
+        """Make beam w of each user continue the former beam `beam_BW[:, w]`, (B, W) int64."""
+        num_users, width = beam_BW.shape
+        for layer in self.written:
+            for level, pair_BWA in enumerate(layer):
+                beams = pair_BWA.shape[1]
+                if beams > 1 or level > 0:
+                    row_BW = torch.arange(num_users, device=beam_BW.device)[:, None] * beams + beam_BW
+                    kept = pair_BWA.flatten(0, 1).index_select(0, row_BW.flatten())
+                    layer[level] = kept.view(num_users, width, -1)
+
+
+def softmax(score: Tensor) -> Tensor:
+    """Softmax over the last dimension."""
+    if score.dtype == torch.bfloat16 and not score.is_cuda:
+        # torch's own for bf16 on a CPU takes three times as long as oneDNN's
+        return score.to_mkldnn().softmax(-1).to_dense()
+    return score.softmax(-1)
+
+
+def linear(weight: Tensor, *, relu: bool) -> Linear:
+    """The map x -> x weight^T, with a ReLU behind it or not."""
+    if weight.dtype == torch.bfloat16 and not weight.is_cuda:
+        # what torch.compile calls too: the weight is packed once, and the ReLU costs no pass of its own
+        packed, after = torch.ops.mkldnn._reorder_linear_weight(weight), "relu" if relu else "none"
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, after, [], "")
+    if relu:
+        return lambda x: F.linear(x, weight).relu_()
+    return lambda x: F.linear(x, weight)
