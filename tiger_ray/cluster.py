@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -14,7 +15,7 @@ from tiger_ray.config import RaySettings
 def connect(settings: RaySettings) -> None:
     """Join the cluster of `ray job submit` if there is one, or of `ray.address`, or start a local one.
 
-    Does nothing on a process that is connected already, but for the settings of Ray Data.
+    On a process that is connected already it frees what failed stages still hold, and sets up Ray Data.
     """
     import ray
 
@@ -26,12 +27,17 @@ def connect(settings: RaySettings) -> None:
         # Ray's own handler would end the process with another exit code than the job promises.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)
+    else:
+        # An actor of a dataset that failed holds its CPU until Python collects the error, and that takes minutes.
+        gc.collect()
     context = ray.data.DataContext.get_current()
     shown = sys.stderr.isatty() if settings.progress == "auto" else settings.progress == "on"
     context.enable_progress_bars = shown
     context.print_on_execution_start = False
     # By default a keyed shuffle gathers a gigabyte in one process before it begins.
     context.shuffle_input_batch_bytes = 32 << 20
+    # The newer reader of Parquet starts an actor per footer, up to 32 for each read, to do what takes milliseconds.
+    context.use_datasource_v2 = False
     # A spot node may die while an actor is still loading its weights.
     context.max_consecutive_actor_init_deaths = 3
     # Ray Data would wrap an error of ours in one that reaches the driver without its cause.
