@@ -1,17 +1,22 @@
 """Bad input ends with a message that says what to change, and publishes nothing."""
 
+import gc
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 from worlds import MONDAY, published_dates, run_night, tiny_settings, write
 
 from tiger_ray import training
+from tiger_ray.cluster import connect
+from tiger_ray.config import RaySettings
 from tiger_ray.errors import DataError, StorageError
 from tiger_ray.storage import Storage
 
@@ -226,24 +231,42 @@ def test_no_event_of_the_wanted_kind(bad_events):
     )
 
 
-def test_vectors_that_are_not_numbers_or_not_there(bad):
-    def vectors(rows):
-        return CATALOG.append_column("v", pa.array(rows, pa.list_(pa.float32(), 2)))
+def with_vectors(rows):
+    return CATALOG.append_column("v", pa.array(rows, pa.list_(pa.float32(), 2)))
 
-    chosen = {"catalog": {"vector": "v", "num_shards": 1}, "embeddings": {"encoder": "catalog"}}
-    bad.write(catalog=vectors([[float("nan")] * 2] * 20)).assert_refused(
+
+OWN_VECTORS = {"catalog": {"vector": "v", "num_shards": 1}, "embeddings": {"encoder": "catalog"}}
+
+
+def test_vectors_that_are_not_numbers_or_not_there(bad):
+    bad.write(catalog=with_vectors([[float("nan")] * 2] * 20)).assert_refused(
         r"20 embeddings are not finite, those of items i0, i1, .* among them \(encoder catalog\); fix the vectors",
         until="embeddings",
         published=["catalog", "events"],
-        **chosen,
+        **OWN_VECTORS,
     )
     other = BadNight(bad.data.parent / "other")
-    other.write(catalog=vectors([None] + [[1.0, 2.0]] * 19)).assert_refused(
+    other.write(catalog=with_vectors([None] + [[1.0, 2.0]] * 19)).assert_refused(
         r"1 of 20 items of catalog file .* have no vector \(catalog\.vector\)",
         until="embeddings",
         published=["catalog", "events"],
-        **chosen,
+        **OWN_VECTORS,
     )
+
+
+def test_a_stage_that_failed_holds_no_cpu_when_the_next_one_begins(bad):
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(DataError, match="have no vector"):
+            bad.write(catalog=with_vectors([None] * 20)).run("embeddings", **OWN_VECTORS)
+        connect(RaySettings())
+    finally:
+        gc.enable()
+    give_up = time.monotonic() + 60
+    while (free := ray.available_resources().get("CPU")) != 2 and time.monotonic() < give_up:
+        time.sleep(0.1)
+    assert free == 2
 
 
 def test_fewer_items_than_codewords(bad_events):
