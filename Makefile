@@ -4,7 +4,7 @@ BIN := .venv/bin
 DATE ?= 2026-11-23
 export RAY_AUTH_MODE ?= disabled
 
-.PHONY: demo test test-cluster test-rest unit lint clean
+.PHONY: demo test test-pipeline test-rest unit lint clean
 
 demo: demo/data/plant.json
 	$(BIN)/python jobs/nightly.py --config jobs/demo.yaml --date $(DATE)
@@ -14,13 +14,13 @@ demo/data/plant.json: .venv/base
 
 # Two halves side by side: each waits for processes to start more than it computes.
 test: lint
-	$(MAKE) --no-print-directory --output-sync=target -j2 test-cluster test-rest
+	$(MAKE) --no-print-directory --output-sync=target -j2 test-pipeline test-rest
 
-test-cluster: .venv/test
-	$(BIN)/python -m pytest tests/cluster tests/docs
+test-pipeline: .venv/test
+	$(BIN)/python -m pytest tests/pipeline
 
 test-rest: .venv/test
-	$(BIN)/python -m pytest tests/unit tests/pipeline
+	$(BIN)/python -m pytest tests/cluster tests/docs tests/unit
 
 unit: .venv/test
 	$(BIN)/python -m pytest tests/unit

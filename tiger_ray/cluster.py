@@ -28,8 +28,10 @@ def connect(settings: RaySettings) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)
     else:
-        # An actor of a dataset that failed holds its CPU until Python collects the error, and that takes minutes.
-        gc.collect()
+        free, whole = ray.available_resources(), ray.cluster_resources()
+        if any(free.get(kind, 0) < whole.get(kind, 0) for kind in ("CPU", "GPU")):
+            # Actors of a dataset that failed hold them until Python collects the error: minutes, left to itself.
+            gc.collect()
     context = ray.data.DataContext.get_current()
     shown = sys.stderr.isatty() if settings.progress == "auto" else settings.progress == "on"
     context.enable_progress_bars = shown
