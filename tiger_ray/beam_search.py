@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,12 @@ from tiger_ray.inference import InferenceModel
 from tiger_ray.model import TigerModel
 from tiger_ray.tokens import PAD, pad_histories
 from tiger_ray.trie import Closed, Trie
+
+BATCH_TOKENS = {"cpu": 4096, "cuda": 262_144}
+"""History tokens and beams decoded at once, if the settings do not say: fits the caches, fills the GPU."""
+
+Search = Callable[[Tensor, tuple[Closed, ...] | None, Tensor | None], tuple[Tensor, Tensor]]
+"""Histories, what is closed, seeds -> item_index and score, as `beam_search`."""
 
 
 def beam_search(
@@ -175,6 +182,79 @@ def gumbel(key: Tensor) -> Tensor:
     return -torch.log(-torch.log(uniform)).float()
 
 
+class RecordedSearch:
+    """A search on a GPU, recorded once for each shape as a CUDA graph and replayed with new inputs.
+
+    The four levels launch hundreds of small kernels, which take longer to launch one by one than to run. So
+    that few shapes come, batches are padded: users and closed candidates to a power of two, histories to
+    a multiple of 16 tokens.
+    """
+
+    def __init__(self, search: Search) -> None:
+        self._search = search
+        self._graphs = dict[Any, tuple[Any, list[Tensor], tuple[Tensor, Tensor]]]()
+
+    def __call__(
+        self, history_BT: Tensor, closed: tuple[Closed, ...] | None, seed_B: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """As the search itself."""
+        num_users = len(history_BT)
+        inputs, rebuild = padded(history_BT, closed, seed_B)
+        key = (closed is None, seed_B is None, *(tuple(tensor.shape) for tensor in inputs))
+        if key not in self._graphs:
+            self._graphs[key] = self._record(inputs, rebuild)
+        graph, held, (found_BW, score_BW) = self._graphs[key]
+        for place, tensor in zip(held, inputs, strict=True):
+            place.copy_(tensor)
+        graph.replay()
+        return found_BW[:num_users].clone(), score_BW[:num_users].clone()
+
+    def _record(self, inputs: list[Tensor], rebuild: Any) -> tuple[Any, list[Tensor], tuple[Tensor, Tensor]]:
+        held = [tensor.clone() for tensor in inputs]
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # libraries that set themselves up at first use must not be recorded
+            self._search(*rebuild(held))
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = self._search(*rebuild(held))
+        return graph, held, found
+
+
+def padded(
+    history_BT: Tensor, closed: tuple[Closed, ...] | None, seed_B: Tensor | None
+) -> tuple[list[Tensor], Callable[[list[Tensor]], tuple[Any, ...]]]:
+    """Inputs of a search in one of few shapes, and how to make its arguments of such a list of tensors."""
+
+    def longer(tensor: Tensor, length: int, value: int) -> Tensor:
+        filled = tensor.new_full((length, *tensor.shape[1:]), value)
+        filled[: len(tensor)] = tensor
+        return filled
+
+    num_users = power_of_two(len(history_BT))
+    history_BT = torch.nn.functional.pad(history_BT, (0, -history_BT.shape[1] % 16), value=PAD)
+    inputs = [longer(history_BT, num_users, PAD)]
+    if seed_B is not None:
+        inputs.append(longer(seed_B, num_users, 0))
+    for one in closed or ():
+        length = power_of_two(len(one.user_E))
+        # no beam is at node -1
+        inputs += [longer(column, length, -1 if column is one.node_E else 0) for column in one]
+
+    def rebuild(tensors: list[Tensor]) -> tuple[Any, ...]:
+        rest = tensors[1 if seed_B is None else 2 :]
+        levels = tuple(Closed(*rest[first : first + 3]) for first in range(0, len(rest), 3))
+        return tensors[0], None if closed is None else levels, None if seed_B is None else tensors[1]
+
+    return inputs, rebuild
+
+
+def power_of_two(count: int) -> int:
+    """The least power of two that is not less, at least 1."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
 class Decoder:
     """Recommends items: a model, the Semantic IDs it may write, and how to decode.
 
@@ -211,6 +291,7 @@ class Decoder:
         self.trie = Trie.build(codes_NI, eligible_N).to(self.device)
         self.num_eligible = len(self.trie.item_index)
         self._batch_tokens = settings.batch_tokens or BATCH_TOKENS[self.device.type]
+        self._recorded = RecordedSearch(self._decode) if self.device.type == "cuda" else None
         if self.device.type == "cpu":
             keep_freed_memory()
 
@@ -310,34 +391,32 @@ class Decoder:
                 item_X, user_X = excluded
                 codes_XI = torch.from_numpy(self.codes_NI[item_X].astype(np.int64))
                 closed = self.trie.closed(codes_XI.to(self.device), torch.from_numpy(user_X).to(self.device))
-            found_BW, score_BW = beam_search(
-                self.model,
-                self.trie,
-                history_BT.to(self.device),
-                self.settings.beam_width,
-                closed,
-                None if seed_B is None else torch.from_numpy(seed_B).to(self.device),
-            )
+            seed = None if seed_B is None else torch.from_numpy(seed_B).to(self.device)
+            search = self._recorded or self._decode
+            found_BW, score_BW = search(history_BT.to(self.device), closed, seed)
             found_BK, score_BK = found_BW[:, :k], score_BW[:, :k]
             if seed_B is not None:  # the first k of the draw, best first
                 place_BK = best_places(score_BK.contiguous(), k)
                 found_BK, score_BK = found_BK.gather(1, place_BK), score_BK.gather(1, place_BK)
             return found_BK.cpu().numpy(), score_BK.cpu().numpy()
 
-
-BATCH_TOKENS = {"cpu": 4096, "cuda": 262_144}
-"""History tokens and beams decoded at once, if the settings do not say: fits the caches, fills the GPU."""
+    def _decode(
+        self, history_BT: Tensor, closed: tuple[Closed, ...] | None, seed_B: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return beam_search(self.model, self.trie, history_BT, self.settings.beam_width, closed, seed_B)
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory it frees, instead of asking for it again for each matrix.
+    """Let this process keep the memory it frees, and its threads share it.
 
-    Pages that were given back cost a fault each when they are next touched, a tenth of the time of decoding.
+    Otherwise each large matrix is new memory, whose pages cost a fault each: a tenth of the time of decoding.
     """
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-        for parameter in (trim_threshold, mmap_threshold):
-            ctypes.CDLL(None).mallopt(parameter, 2**30)
+        mallopt = ctypes.CDLL(None).mallopt
+        trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # names and numbers of malloc.h
+        mallopt(trim_threshold, 2**30)
+        mallopt(mmap_threshold, 2**30)
+        mallopt(arena_max, 1)
 
 
 def ranges(start_B: npt.NDArray[np.int64], length_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

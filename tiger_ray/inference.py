@@ -11,7 +11,7 @@ What it does that the model's own `forward` does not:
 - scales of norms are part of the weights behind them, products of one input are one product, and weights
   are packed once.
 
-Matrix products are in the precision asked for, the residual stream and the log-probabilities in float32.
+Matrix products are in the precision asked for; the residual stream and the logits are in float32.
 
 Source: ours; the idea of one memory for all beams is that of xGR (arXiv 2512.11529) for decoder-only models.
 """
@@ -68,7 +68,10 @@ class InferenceModel:
             norm = model.encoder.final_layer_norm
             self._memory = [self._linear(norm, cross.k.weight, cross.v.weight) for cross in crossed]
             scale = (settings.d_model**-0.5 if settings.tie_embeddings else 1.0) / temperature
-            self._logits = self._linear(model.decoder.final_layer_norm, model.lm_head.weight * scale)
+            weight_VD = self._scaled(model.decoder.final_layer_norm, model.lm_head.weight * scale)
+            self._logits = linear(
+                weight_VD
+            )  # in fp32: rounded, they would exchange one recommendation in forty
             # sums over the width of each head, and back, as matrix products
             head_HH = torch.eye(self._num_heads, device=self.device, dtype=dtype)
             self._head_AH = head_HH.repeat_interleave(self._d_kv, dim=0)
@@ -85,7 +88,7 @@ class InferenceModel:
         bias_BHTT = bias_HTT.expand(num_users, -1, -1, -1)
         mask_B11T = None
         padding_BT = history_BT == PAD
-        if padding_BT.is_cuda or padding_BT.any():  # asking a GPU would wait for it
+        if padding_BT.device.type != "cpu" or padding_BT.any():  # asking a GPU would wait for it
             mask_B11T = (padding_BT * MASKED).to(self.dtype)[:, None, None, :]
             bias_BHTT = bias_BHTT + mask_B11T
         bias = bias_BHTT.reshape(-1, length, length)
@@ -128,10 +131,12 @@ class InferenceModel:
             )
             hidden_BWD += layer.feed_forward_out(layer.feed_forward(self._norm(hidden_BWD)))
         state.level += 1
-        logits_BWV = self._logits(self._norm(hidden_BWD)).float()
+        logits_BWV = self._logits(rms_norm(hidden_BWD))
+        # as logsumexp, which would take a second matrix of that size
+        highest_BW1 = logits_BWV.amax(-1, keepdim=True)
         first = self.vocabulary.offsets[level]
-        logits_BWC = logits_BWV[..., first : first + self.vocabulary.level_sizes[level]]
-        return logits_BWC - logits_BWV.logsumexp(-1, keepdim=True)
+        logits_BWC = logits_BWV[..., first : first + self.vocabulary.level_sizes[level]] - highest_BW1
+        return logits_BWC - logits_BWV.sub_(highest_BW1).exp_().sum(-1, keepdim=True).log()
 
     def _read_written(self, projected_BW3A: Tensor, written: list[Tensor]) -> Tensor:
         """What each beam reads from its own codewords, (B, W, A); adds the last one to `written`."""
@@ -163,7 +168,7 @@ class InferenceModel:
         return self._by_token(softmax(score) @ value, num_users)
 
     def _norm(self, hidden: Tensor) -> Tensor:
-        return F.rms_norm(hidden, hidden.shape[-1:], eps=EPSILON).to(self.dtype)
+        return rms_norm(hidden).to(self.dtype)
 
     def _by_head(self, projected_BTA: Tensor, count: int) -> tuple[Tensor, ...]:
         """`count` projections side by side to one of (B x H, T, K) each."""
@@ -176,10 +181,14 @@ class InferenceModel:
         return read.view(num_users, self._num_heads, *read.shape[1:]).transpose(1, 2).flatten(2)
 
     def _linear(self, norm: Norm | None, *weights: Tensor, relu: bool = False) -> Linear:
+        return linear(self._scaled(norm, *weights).to(self.dtype), relu=relu)
+
+    def _scaled(self, norm: Norm | None, *weights: Tensor) -> Tensor:
+        """Weights one above the other, with the scale of the norm before them, fp32."""
         weight = torch.cat([weight.detach().float() for weight in weights])
         if norm is not None:
             weight = weight * norm.weight.detach().float()
-        return linear(weight.to(self.device, self.dtype), relu=relu)
+        return weight.to(self.device)
 
     def _encoder_layer(self, block: EncoderBlock, number: int) -> EncoderLayer:
         attention, feed_forward = block.layer
@@ -263,17 +272,22 @@ class DecoderState:
                     layer[level] = kept.view(num_users, width, -1)
 
 
+def rms_norm(hidden: Tensor) -> Tensor:
+    """Hidden states of unit root mean square; the norm's scale is in the weights behind it."""
+    return F.rms_norm(hidden, hidden.shape[-1:], eps=EPSILON)
+
+
 def softmax(score: Tensor) -> Tensor:
     """Softmax over the last dimension."""
-    if score.dtype == torch.bfloat16 and not score.is_cuda:
+    if score.dtype == torch.bfloat16 and score.device.type == "cpu":
         # torch's own for bf16 on a CPU takes three times as long as oneDNN's
         return score.to_mkldnn().softmax(-1).to_dense()
     return score.softmax(-1)
 
 
-def linear(weight: Tensor, *, relu: bool) -> Linear:
+def linear(weight: Tensor, *, relu: bool = False) -> Linear:
     """The map x -> x weight^T, with a ReLU behind it or not."""
-    if weight.dtype == torch.bfloat16 and not weight.is_cuda:
+    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
         # what torch.compile calls too: the weight is packed once, and the ReLU costs no pass of its own
         packed, after = torch.ops.mkldnn._reorder_linear_weight(weight), "relu" if relu else "none"
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, after, [], "")

@@ -204,12 +204,18 @@ def _compute(
     }
     assert facts["users"] == users, f"{users} users were to be scored, {facts['users']} were"
     evaluated = _evaluation_of(storage, settings, inputs["model"])
-    again = ", same as an earlier night's but for the date" if twin is not None else ""
+    top_k, eligible = settings.recommendations.top_k, int(inputs["semantic_ids"].metadata["eligible"])
+    summary = f"{users:,} users, {facts['fallback_users']:,} by popularity"
+    if facts["short_lists"]:
+        summary += f", {facts['short_lists']:,} with fewer than {top_k} items ({eligible:,} may be recommended at all)"
+    if twin is not None:
+        summary += ", same as an earlier night's but for the date"
     return entries, {
-        "summary": f"{users:,} users, {facts['fallback_users']:,} by popularity{again}",
+        "summary": summary,
         **facts,
+        "eligible_items": eligible,
         "scoring": scoring,
-        "top_k": settings.recommendations.top_k,
+        "top_k": top_k,
         "form": settings.recommendations.form,
         "model_version": inputs["model"].run_id,
         "semantic_ids_version": inputs["semantic_ids"].run_id,
@@ -362,6 +368,8 @@ def _compute_evaluation(run: Run, settings: Settings, inputs: Mapping[str, Manif
             "split": f"leave-one-out, {settings.evaluation.split}",
             "ranking": "full, item level, constrained beam search",
             "beam_width": settings.decoding.beam_width,
+            "items": "drawn" if settings.decoding.sample else "most probable",
+            "temperature": settings.decoding.temperature,
             "history_masked": False,
             "ties": settings.events.ties,
             "max_history": settings.model.max_history,

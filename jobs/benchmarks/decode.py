@@ -38,7 +38,7 @@ from planted import (
 )
 from results import Claims
 
-from tiger_ray.beam_search import Decoder
+from tiger_ray.beam_search import Decoder, keep_freed_memory
 from tiger_ray.config import DecodingSettings
 from tiger_ray.model import TigerModel
 from tiger_ray.tokens import pad_histories
@@ -49,7 +49,7 @@ MANY = 10_000_000
 PRECISIONS = ("fp32", "bf16")
 CORES = len(os.sched_getaffinity(0))
 # inter_threads and batch size; one translator of two threads and batches by tokens were slower
-CTRANSLATE2_SETTINGS = ((CORES, 8), (CORES, 16), (CORES, 32))
+CTRANSLATE2_SETTINGS = ((CORES, 4), (CORES, 8), (CORES, 16), (CORES, 32))
 T = TypeVar("T")
 
 
@@ -77,6 +77,7 @@ def main() -> None:
     chosen = words.only.split(",") if words.only else list(parts)
     if unknown := set(chosen) - set(parts):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
+    keep_freed_memory()  # before any thread has memory of its own, as in a worker of the job
     torch.set_num_threads(CORES)
     claims = Claims()
     claims.settings |= {"rounds": ROUNDS, "threads": CORES, "torch": torch.__config__.show()}
@@ -96,6 +97,7 @@ def alternate(
 ) -> dict[T, list[float]]:
     """Units of work per second of each side, by round; sides are (units, work), and the first round is lost."""
     rates: dict[T, list[float]] = {name: [] for name in sides}
+    assert torch.get_num_threads() == CORES, "another library has changed the number of torch threads"
     for number in range(rounds + 1):
         for name, (units, work) in sides.items():
             start = time.perf_counter()
@@ -148,7 +150,7 @@ def measure_hugging_face(claims: Claims, _: Any) -> None:
         sides = {f"ours_{name}": (num_ours, recommend(decoder, users)) for name, decoder in ours.items()}
         for precision in PRECISIONS:
             rivals = [
-                HuggingFace(planted_model(), planted_codes(), precision, size) for size in (4, 8, 16, 32)
+                HuggingFace(planted_model(), planted_codes(), precision, size) for size in (2, 4, 8, 16, 32)
             ]
             if precision == "fp32":
                 found_BW, score_BW = recommend(ours["fp32"], first(users, num_theirs))()
@@ -326,7 +328,7 @@ def measure_constraint(claims: Claims, _: Any) -> None:
 def unmasked_decoder(decoder: Decoder) -> Decoder:
     """The same decoder with every codeword allowed everywhere; what it finds are no items."""
     free = copy.copy(decoder)
-    free.trie = EveryPath(decoder.model.vocabulary.level_sizes)  # type: ignore[assignment]
+    free.trie = EveryPath(decoder.model.vocabulary.level_sizes)
     return free
 
 

@@ -80,13 +80,15 @@ class CTranslate2:
     def __init__(
         self, model: TigerModel, folder: str, kind: str, inter_threads: int, batch_size: int
     ) -> None:
-        self._id_length = model.vocabulary.id_length
+        self._id_length, cores = model.vocabulary.id_length, torch.get_num_threads()
         how = {
             "compute_type": {"fp32": "float32"}.get(kind, kind),
             "inter_threads": inter_threads,
-            "intra_threads": torch.get_num_threads() // inter_threads,
+            "intra_threads": cores // inter_threads,
         }
         self._translator = ctranslate2.Translator(folder, device="cpu", **how)
+        # Making a translator sets the OpenMP threads of this thread, and so torch's, to intra_threads.
+        torch.set_num_threads(cores)
         self.settings = {**how, "batch_size": batch_size}
 
     def write(self, histories: Sequence[Sequence[str]], beam_width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,13 +8,22 @@ from hypothesis import strategies as st
 from transformers import T5Config, T5ForConditionalGeneration
 
 from tiger_ray import hashing
-from tiger_ray.beam_search import Decoder, beam_search, best_places, gumbel, mixed, ranges
+from tiger_ray.beam_search import (
+    Decoder,
+    beam_search,
+    best_places,
+    gumbel,
+    mixed,
+    padded,
+    power_of_two,
+    ranges,
+)
 from tiger_ray.config import DecodingSettings, ModelSettings
 from tiger_ray.errors import ArtifactError
 from tiger_ray.inference import InferenceModel
 from tiger_ray.model import TigerModel
 from tiger_ray.tokens import PAD, Vocabulary
-from tiger_ray.trie import Trie
+from tiger_ray.trie import Closed, Trie
 
 LEVEL_SIZES = (4, 3, 3, 2)
 EVERY_ID = np.array(list(np.ndindex(*LEVEL_SIZES)), np.int16)
@@ -413,3 +422,53 @@ def test_gumbel_noise_has_its_mean_and_deviation():
     noise = gumbel(mixed(torch.arange(200_000)))
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.02)
     assert noise.std().item() == pytest.approx(np.pi / np.sqrt(6), abs=0.02)
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_no_step_of_the_search_asks_for_a_value(sample):
+    """On tensors without values such a step raises; a GPU would wait there, and could not record it."""
+    codes_NI = catalog_of(12, 60)
+    trie = Trie.build(codes_NI, np.ones(60, bool)).to("meta")
+    model = InferenceModel(MODEL, torch.bfloat16, "meta")
+    history_BT = torch.ones(5, 24, dtype=torch.int64, device="meta")
+    place_E = torch.ones(7, dtype=torch.int64, device="meta")
+    closed = (Closed(place_E, place_E, place_E),) * 4
+    seed_B = torch.ones(5, dtype=torch.int64, device="meta") if sample else None
+    with torch.inference_mode():
+        found_BW, score_BW = beam_search(model, trie, history_BT, 9, closed, seed_B)
+    assert found_BW.shape == score_BW.shape == (5, 9)
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(found_BW.any())
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32), st.booleans(), st.booleans())
+def test_padding_for_a_gpu_changes_no_answer(seed, exclude_history, sample):
+    codes_NI = catalog_of(seed, 50)
+    item_index, lengths_B = histories_of(seed, 5, 50)
+    decoder = Decoder(MODEL, codes_NI, np.ones(50, bool), DecodingSettings(beam_width=6))
+    seed_B = np.arange(5) + seed if sample else None
+    expected = decoder.recommend(
+        item_index, lengths_B, None, 6, exclude_history=exclude_history, seed_B=seed_B
+    )
+
+    shapes = []
+    plain = decoder._decode
+
+    def search(*arguments):
+        inputs, rebuild = padded(*arguments)
+        shapes.extend(tuple(tensor.shape) for tensor in inputs)
+        found_BW, score_BW = plain(*rebuild(inputs))
+        return found_BW[: len(arguments[0])], score_BW[: len(arguments[0])]
+
+    decoder._decode = search
+    found = decoder.recommend(item_index, lengths_B, None, 6, exclude_history=exclude_history, seed_B=seed_B)
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-4)
+    assert all(shape[0] == power_of_two(shape[0]) for shape in shapes)
+
+
+@given(st.integers(1, 10_000))
+def test_power_of_two(count):
+    assert power_of_two(count) >= count > power_of_two(count) // 2
+    assert bin(power_of_two(count)).count("1") == 1
