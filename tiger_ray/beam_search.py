@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tiger_ray.config import DecodingSettings
-from tiger_ray.inference import InferenceModel
+from tiger_ray.inference import LENGTH_MULTIPLE, InferenceModel
 from tiger_ray.model import TigerModel
 from tiger_ray.tokens import PAD, pad_histories
 from tiger_ray.trie import Closed, Trie
@@ -50,14 +50,14 @@ def beam_search(
         history_BT: token ids, (B, T) int64, PAD after the end.
         beam_width: candidates kept per level W; exact if it is at least the number of eligible items.
         closed: what is barred for some users, of `Trie.closed`; None: nothing.
-        seed_B: draw W items without replacement, each by its probability among those that may come out;
-            the draw follows from this number and the user's own candidates alone, (B,) int64. None: the
-            most probable ones.
+        seed_B: draw W items without replacement, each codeword by its probability among those that some
+            allowed item goes on with; the draw follows from this number and the user's history alone,
+            (B,) int64. None: the most probable ones.
 
     Returns:
         item_index, (B, W) int64, best first (or first drawn), -1 after the last; and score, (B, W) float32,
-        natural log probability of the whole Semantic ID, -inf where there is no item. Equal scores come in
-        the order of the Semantic IDs.
+        natural log probability of the whole Semantic ID, -inf where there is no item. Without seeds equal
+        scores come in the order of the Semantic IDs.
 
     Source: TIGER (arXiv 2305.05065) section 3.3 for beam search; Kool et al. 2019 (arXiv 1903.06059) for the
     draw; the trie constraint is ours.
@@ -140,7 +140,9 @@ class Draw:
             code_BWM: its codeword, (B, W, M) int64.
         """
         # among what may come out: what may not takes no share of the draw
-        log_prob_BWM = self._log_prob_BW[..., None] + log_prob_BWM.log_softmax(-1).nan_to_num(nan=-torch.inf)
+        log_prob_BWM = self._log_prob_BW[..., None] + log_prob_BWM.log_softmax(-1).nan_to_num(
+            nan=-torch.inf, neginf=-torch.inf
+        )
         key_BWM = mixed(self._key_BW[..., None] + code_BWM)
         noisy_BWM = log_prob_BWM + gumbel(key_BWM)
         # shifted so that the highest of a beam's candidates is the beam's own number
@@ -185,13 +187,15 @@ def gumbel(key: Tensor) -> Tensor:
 class RecordedSearch:
     """A search on a GPU, recorded once for each shape as a CUDA graph and replayed with new inputs.
 
-    The four levels launch hundreds of small kernels, which take longer to launch one by one than to run. So
+    The levels launch hundreds of small kernels, which take longer to launch one by one than to run. So
     that few shapes come, batches are padded: users and closed candidates to a power of two, histories to
-    a multiple of 16 tokens.
+    a multiple of 16 tokens. All graphs share their memory, because one runs at a time and its results are
+    copied.
     """
 
     def __init__(self, search: Search) -> None:
         self._search = search
+        self._memory = torch.cuda.graph_pool_handle()
         self._graphs = dict[Any, tuple[Any, list[Tensor], tuple[Tensor, Tensor]]]()
 
     def __call__(
@@ -217,7 +221,7 @@ class RecordedSearch:
             self._search(*rebuild(held))
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._memory):
             found = self._search(*rebuild(held))
         return graph, held, found
 
@@ -233,12 +237,13 @@ def padded(
         return filled
 
     num_users = power_of_two(len(history_BT))
-    history_BT = torch.nn.functional.pad(history_BT, (0, -history_BT.shape[1] % 16), value=PAD)
+    missing = -history_BT.shape[1] % LENGTH_MULTIPLE
+    history_BT = torch.nn.functional.pad(history_BT, (0, missing), value=PAD)
     inputs = [longer(history_BT, num_users, PAD)]
     if seed_B is not None:
         inputs.append(longer(seed_B, num_users, 0))
+    length = power_of_two(max((len(one.user_E) for one in closed or ()), default=0))
     for one in closed or ():
-        length = power_of_two(len(one.user_E))
         # no beam is at node -1
         inputs += [longer(column, length, -1 if column is one.node_E else 0) for column in one]
 
@@ -258,7 +263,7 @@ def power_of_two(count: int) -> int:
 class Decoder:
     """Recommends items: a model, the Semantic IDs it may write, and how to decode.
 
-    On a CPU each of torch's threads decodes its own batches, which is faster than sharing one.
+    On a CPU each of torch's threads decodes batches of its own, which is faster than sharing one.
     """
 
     def __init__(
@@ -289,7 +294,6 @@ class Decoder:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.precision]
         self.model = InferenceModel(model, dtype, self.device, settings.temperature)
         self.trie = Trie.build(codes_NI, eligible_N).to(self.device)
-        self.num_eligible = len(self.trie.item_index)
         self._batch_tokens = settings.batch_tokens or BATCH_TOKENS[self.device.type]
         self._recorded = RecordedSearch(self._decode) if self.device.type == "cuda" else None
         if self.device.type == "cpu":
@@ -317,10 +321,16 @@ class Decoder:
             seed_B: draw without replacement by these seeds of the users, (B,) int64; None: the best.
 
         Returns:
-            item_index, (B, k) int64, best first, -1 after the last; and score, (B, k) float32, natural log
-            probability, -inf where there is no item.
+            item_index, (B, k) int64, best first or first drawn, -1 after the last; and score, (B, k)
+            float32, natural log probability, -inf where there is no item.
+
+        Raises:
+            ValueError: `k` is more than the beam width.
         """
-        assert k <= self.settings.beam_width
+        if k > self.settings.beam_width:
+            raise ValueError(
+                f"{k} items are asked for, but decoding.beam_width is {self.settings.beam_width}"
+            )
         assert lengths_B.min(initial=1) >= 1
         end_B = np.cumsum(lengths_B)
         found_BK = np.full((len(lengths_B), k), -1, dtype=np.int64)
@@ -341,13 +351,16 @@ class Decoder:
 
         excluded_B = lengths_B if exclude_history else np.zeros_like(lengths_B)
         batches = list(self._batches(np.minimum(lengths_B, self.model.max_history), excluded_B))
-        threads = 1 if self.device.type != "cpu" else min(torch.get_num_threads(), len(batches))
-        if threads == 1:
+        threads = torch.get_num_threads() if self.device.type == "cpu" else 1
+        if min(threads, len(batches)) <= 1:
             for user_b in batches:
                 decode(user_b)
-        else:
+            return found_BK, score_BK
+        try:
             with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
                 list(pool.map(decode, batches))
+        finally:
+            torch.set_num_threads(threads)  # what a thread sets, threads to come inherit
         return found_BK, score_BK
 
     def _batches(
@@ -365,6 +378,8 @@ class Decoder:
             used = each * np.arange(1, most + 1)[: len(by_length_B) - first]
             used += np.cumsum(excluded_B[first : first + most])
             count = max(1, int(np.searchsorted(used, budget, side="right")))
+            if self._recorded is not None:
+                count = 1 << (count.bit_length() - 1)  # or padding would exceed the budget
             yield by_length_B[first : first + count]
             first += count
 
@@ -394,11 +409,7 @@ class Decoder:
             seed = None if seed_B is None else torch.from_numpy(seed_B).to(self.device)
             search = self._recorded or self._decode
             found_BW, score_BW = search(history_BT.to(self.device), closed, seed)
-            found_BK, score_BK = found_BW[:, :k], score_BW[:, :k]
-            if seed_B is not None:  # the first k of the draw, best first
-                place_BK = best_places(score_BK.contiguous(), k)
-                found_BK, score_BK = found_BK.gather(1, place_BK), score_BK.gather(1, place_BK)
-            return found_BK.cpu().numpy(), score_BK.cpu().numpy()
+            return found_BW[:, :k].cpu().numpy(), score_BW[:, :k].cpu().numpy()
 
     def _decode(
         self, history_BT: Tensor, closed: tuple[Closed, ...] | None, seed_B: Tensor | None
@@ -417,6 +428,14 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, 2**30)
         mallopt(mmap_threshold, 2**30)
         mallopt(arena_max, 1)
+
+
+def best_first(
+    found_BK: npt.NDArray[np.int64], score_BK: npt.NDArray[np.float32]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Items and scores, (B, K) each, with the highest score first; what is drawn comes in another order."""
+    place_BK = np.argsort(-score_BK, axis=1, kind="stable")
+    return np.take_along_axis(found_BK, place_BK, 1), np.take_along_axis(score_BK, place_BK, 1)
 
 
 def ranges(start_B: npt.NDArray[np.int64], length_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

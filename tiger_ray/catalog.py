@@ -103,13 +103,14 @@ def read_columns(files: Sequence[InputFile], uri: str, columns: Iterable[str]) -
     with filesystem.open_input_file(files[0].path) as source:
         schema = pq.read_schema(source)
     wanted = pa.schema([schema.field(name) for name in sorted(set(columns))])
-    # A folder named like `date=...` is no column. A task per file, and not 200 blocks of a few rows each.
+    # Left to itself, Ray Data cuts the rows of a few small files into 200 blocks.
+    fewest = ray.data.DataContext.get_current().read_op_min_num_blocks
     return ray.data.read_parquet(
         [file.path for file in files],
         filesystem=filesystem,
         schema=wanted,
-        partitioning=None,
-        override_num_blocks=len(files),
+        partitioning=None,  # a folder named like `date=...` is no column
+        override_num_blocks=len(files) if len(files) < fewest else None,
     )
 
 

@@ -300,13 +300,14 @@ class DecodingSettings(Section):
     temperature: Positive = 1.0
     """Divides the logits: above 1 the probabilities even out, below 1 they sharpen."""
     sample: bool = False
-    """Draw each user's items without replacement, by their probabilities and `seed`, instead of taking the
-    most probable ones; with a higher temperature a draw is more diverse."""
+    """Draw each user's items without replacement instead of taking the most probable ones, each codeword by its
+    probability; `seed` and the user decide, and a higher temperature makes the draw more diverse."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of matrix products; bf16 is several times faster where the CPU or GPU knows it."""
+    """Arithmetic of matrix products. bf16 is several times faster where the CPU or GPU knows it; items of nearly
+    equal score may then change places with the users they are decoded with."""
     batch_tokens: Count | None = None
-    """History tokens and beams of the users decoded at once, which sets memory: about 100 kB each on a CPU;
-    empty: 4,096 on a CPU and 262,144 on a GPU."""
+    """History tokens and beams of the users decoded at once, which sets memory: about 30 kB each at
+    levels of 256 codewords, for each thread of a CPU; empty: 4,096 on a CPU and 262,144 on a GPU."""
     num_workers: Count = operational(1)
     """Decoder actors at most."""
     cpus_per_worker: Positive = operational(1)

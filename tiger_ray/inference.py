@@ -29,6 +29,9 @@ from torch import Tensor
 from tiger_ray.model import EPSILON, MASKED, DecoderBlock, EncoderBlock, Norm, TigerModel
 from tiger_ray.tokens import PAD
 
+LENGTH_MULTIPLE = 16
+"""Tokens that histories may be padded to a multiple of, beyond `max_history`."""
+
 Linear = Callable[[Tensor], Tensor]
 
 
@@ -54,7 +57,8 @@ class InferenceModel:
         self.dtype, self.device = dtype, torch.device(device)
         self._num_heads, self._d_kv = settings.num_heads, settings.d_kv
         id_length = self.vocabulary.id_length
-        longest = settings.max_history * id_length + 1
+        longest = settings.max_history * id_length + 1  # a user token
+        longest += -longest % LENGTH_MULTIPLE
         with torch.no_grad():
             self._embedding_VD = model.shared.weight.detach().float().to(self.device)
             encoder, decoder = model.encoder.block, model.decoder.block
@@ -68,10 +72,8 @@ class InferenceModel:
             norm = model.encoder.final_layer_norm
             self._memory = [self._linear(norm, cross.k.weight, cross.v.weight) for cross in crossed]
             scale = (settings.d_model**-0.5 if settings.tie_embeddings else 1.0) / temperature
-            weight_VD = self._scaled(model.decoder.final_layer_norm, model.lm_head.weight * scale)
-            self._logits = linear(
-                weight_VD
-            )  # in fp32: rounded, they would exchange one recommendation in forty
+            # in fp32: rounded to bf16 they would exchange one recommendation in forty
+            self._logits = linear(self._scaled(model.decoder.final_layer_norm, model.lm_head.weight * scale))
             # sums over the width of each head, and back, as matrix products
             head_HH = torch.eye(self._num_heads, device=self.device, dtype=dtype)
             self._head_AH = head_HH.repeat_interleave(self._d_kv, dim=0)
@@ -287,8 +289,9 @@ def softmax(score: Tensor) -> Tensor:
 
 def linear(weight: Tensor, *, relu: bool = False) -> Linear:
     """The map x -> x weight^T, with a ReLU behind it or not."""
-    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
-        # what torch.compile calls too: the weight is packed once, and the ReLU costs no pass of its own
+    if weight.device.type == "cpu":
+        # oneDNN, as torch.compile calls it: the weight is packed once, the ReLU costs no pass of its own, and in
+        # fp32 torch would take MKL, which is half as fast on AMD
         packed, after = torch.ops.mkldnn._reorder_linear_weight(weight), "relu" if relu else "none"
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, after, [], "")
     if relu:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 
 from tiger_ray import evaluation, schemas
-from tiger_ray.beam_search import Decoder, ranges
+from tiger_ray.beam_search import Decoder, best_first, ranges
 from tiger_ray.config import Settings
 from tiger_ray.errors import ArtifactError, DataError, QualityError
 from tiger_ray.hashing import mixed
@@ -146,7 +146,7 @@ class Scorer:
         *,
         exclude_history: bool = False,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """As `Decoder.recommend`, for user hashes instead of buckets."""
+        """As `Decoder.recommend`, for user hashes instead of buckets and seeds."""
         buckets = None
         if self.vocabulary.num_user_buckets:
             assert user_hash_B is not None
@@ -273,12 +273,14 @@ class _ScoreShard:
         found_BK = np.full((len(lengths_B), settings.top_k), -1, np.int64)
         score_BK = np.full(found_BK.shape, -np.inf, np.float32)
         if known_B.any():
-            found_BK[known_B], score_BK[known_B] = self._scorer.recommend(
-                item_index,
-                lengths_B[known_B],
-                users.column("user_hash").to_numpy()[known_B],
-                settings.top_k,
-                exclude_history=settings.exclude_history,
+            found_BK[known_B], score_BK[known_B] = best_first(
+                *self._scorer.recommend(
+                    item_index,
+                    lengths_B[known_B],
+                    users.column("user_hash").to_numpy()[known_B],
+                    settings.top_k,
+                    exclude_history=settings.exclude_history,
+                )
             )
         popular_K, share_K = self._scorer.most_popular(settings.top_k)
         found_BK[~known_B, : len(popular_K)] = popular_K
@@ -403,8 +405,10 @@ class _EvaluateShard:
         top = max(settings.ks)
         found_BK = np.zeros((0, top), np.int64)
         if len(length_B):
-            found_BK, _ = self._scorer.recommend(
-                item_index[ranges(first_B, length_B)], length_B, user_hash_B[kept_B], top
+            found_BK, _ = best_first(
+                *self._scorer.recommend(
+                    item_index[ranges(first_B, length_B)], length_B, user_hash_B[kept_B], top
+                )
             )
         popular_K, _ = self._scorer.most_popular(top, counted="training_events")
         popular_BK = np.broadcast_to(popular_K, (len(target_B), len(popular_K)))

@@ -42,6 +42,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
 
+from tiger_ray.beam_search import best_first
 from tiger_ray.cluster import connect
 from tiger_ray.config import ServingSettings, Settings
 from tiger_ray.errors import ArtifactError, TigerError
@@ -49,6 +50,7 @@ from tiger_ray.hashing import stable_hash
 from tiger_ray.recommendations import FALLBACK, GENERATED, Scorer
 from tiger_ray.registry import registry_of
 from tiger_ray.storage import Manifest, Storage
+from tiger_ray.tokens import Vocabulary
 from tiger_ray.training import load_model
 
 APP_NAME = "tiger_ray"
@@ -91,7 +93,7 @@ class QueryReader:
         settings: the bounds.
         item_id_type: `string`, `large_string` or `int64`, of the catalog's item ids.
         user_id_type: the same of the user ids.
-        needs_user: does the model read a user token?
+        needs_user: must a request say who asks?
     """
 
     def __init__(
@@ -137,6 +139,7 @@ class Recommender:
         self._max_k = settings.serving.max_k
         self._exclude_history = settings.recommendations.exclude_history
         self._scorer = Scorer(storage, settings, model, semantic_ids, sequences)
+        self._needs_user = needs_user(settings, self._scorer.vocabulary)
         # a hash table that is built once; `SemanticIds.lookup` would build one for every batch
         self._items = pd.Index(self._scorer.ids.item_id.to_pandas())
         self._user_id_type = pa.type_for_alias(sequences.metadata["user_id_type"])
@@ -196,10 +199,11 @@ class Recommender:
         unknown: int,
     ) -> dict[str, Any]:
         ids = self._scorer.ids
-        item_index = found_K[:k][found_K[:k] >= 0]
+        (found_k,), (score_k,) = best_first(found_K[None, :k], score_K[None, :k])
+        item_index = found_k[found_k >= 0]
         columns = [
             ids.item_ids(item_index).to_pylist(),
-            score_K[:k].tolist(),
+            score_k.tolist(),
             ids.codes_NI[item_index].tolist(),
         ]
         names = ("item_id", "score", "semantic_id")
@@ -215,7 +219,7 @@ class Recommender:
         return answer
 
     def _user_hash(self, queries: Sequence[Query]) -> npt.NDArray[np.uint64]:
-        if not self._scorer.vocabulary.num_user_buckets:
+        if not self._needs_user:
             return np.zeros(len(queries), np.uint64)
         return stable_hash(pa.array([query.user_id for query in queries], self._user_id_type))
 
@@ -320,7 +324,7 @@ def application(
         ArtifactError: model and Semantic IDs, or Semantic IDs and popularity, do not belong together.
     """
     serving, decoding = settings.serving, settings.decoding
-    needs_user = load_model(storage, model, semantic_ids).vocabulary.num_user_buckets > 0
+    vocabulary = load_model(storage, model, semantic_ids).vocabulary
     if sequences.inputs["semantic_ids"] != registry_of(semantic_ids).digest:
         raise ArtifactError(
             f"sequences {sequences.run_id} were not built on Semantic IDs {semantic_ids.run_id}; build them again "
@@ -350,7 +354,7 @@ def application(
     reader = {
         "item_id_type": semantic_ids.metadata["item_id_type"],
         "user_id_type": sequences.metadata["user_id_type"],
-        "needs_user": needs_user,
+        "needs_user": needs_user(settings, vocabulary),
     }
     return endpoint.bind(
         serving,
@@ -358,6 +362,11 @@ def application(
         _versions(settings, model, semantic_ids),
         decoder.bind(storage, settings, model, semantic_ids, sequences),
     )
+
+
+def needs_user(settings: Settings, vocabulary: Vocabulary) -> bool:
+    """Does an answer depend on who asks: by a user token, or by a draw of the user's own?"""
+    return vocabulary.num_user_buckets > 0 or settings.decoding.sample
 
 
 def start(

@@ -89,11 +89,6 @@ class Vocabulary:
         self.require_codes(codes_NI)
         return self.tokens(codes_NI)
 
-    def item_codes(self, token_NI: Tensor) -> npt.NDArray[np.int16]:
-        """Codewords of token ids, (N, I) int64 to (N, I) int16; undoes `item_tokens`."""
-        codes_NI: npt.NDArray[np.int16] = (token_NI.cpu().numpy() - np.array(self.offsets)).astype(np.int16)
-        return codes_NI
-
 
 def pad_histories(token_EI: Tensor, lengths_B: Tensor, user_tokens_B: Tensor | None) -> Tensor:
     """Histories as the encoder reads them: oldest item first, the user's token before it, PAD after it.

@@ -101,10 +101,15 @@ def planted_inputs(users: Users) -> dict[str, tuple[dict[str, Any], dict[str, An
         ),
         "eligible.parquet": pa.table({"eligible": np.ones(len(codes_NI), bool)}),
     }
-    level_sizes = list(model.vocabulary.level_sizes)
+    ids_facts = {
+        "space": "planted",
+        "level_sizes": list(model.vocabulary.level_sizes),
+        "item_id_type": "int64",
+        "eligible": len(codes_NI),
+    }
     return {
         "model": (model.to_files(), {"space": "planted", "holdout": "none"}),
-        "semantic_ids": (ids, {"space": "planted", "level_sizes": level_sizes, "item_id_type": "int64"}),
+        "semantic_ids": (ids, ids_facts),
         "sequences": (sequences, {"users": len(users[1]), "user_id_type": "int64"}),
     }
 

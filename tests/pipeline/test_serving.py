@@ -30,7 +30,7 @@ from ray.serve.exceptions import BackPressureError
 from worlds import MONDAY, publish
 
 from tiger_ray import schemas, semantic_ids, serving
-from tiger_ray.config import ModelSettings, ServingSettings, Settings
+from tiger_ray.config import DecodingSettings, ModelSettings, ServingSettings, Settings
 from tiger_ray.errors import ArtifactError
 from tiger_ray.hashing import stable_hash
 from tiger_ray.model import TigerModel
@@ -510,6 +510,26 @@ def test_integer_ids_and_user_tokens_are_served(tmp_path: Path) -> None:
         expected = world.best(history, bucket)[:5]
         assert [item["item_id"] for item in answer["items"]] == [item_id for item_id, _ in expected]
     assert answers[0]["items"] != answers[1]["items"], "the two users must differ, or the test says nothing"
+
+
+def test_a_draw_belongs_to_its_user_and_a_shorter_one_is_its_beginning(world: World) -> None:
+    recommender = world.recommender(decoding={"sample": True})
+    drawing = world.settings.model_copy(update={"decoding": DecodingSettings(sample=True)})
+    assert serving.needs_user(drawing, world.network.vocabulary)
+    assert not serving.needs_user(world.settings, world.network.vocabulary)
+    history = [world.item_ids[4], world.item_ids[9]]
+    users = [f"user-{number}" for number in range(20)]
+    drawn = recommender.answer([Query(history, 6, user) for user in users])
+    alone = [recommender.answer([Query(history, 3, user)])[0] for user in users]
+    chosen = [[item["item_id"] for item in answer["items"]] for answer in drawn]
+    best = [item_id for item_id, _ in world.best([4, 9])]
+    assert len({tuple(items) for items in chosen}) > 10
+    assert sum(items == best[:6] for items in chosen) < 10
+    for items, few in zip(chosen, alone, strict=True):
+        assert items == sorted(items, key=best.index)
+        assert {item["item_id"] for item in few["items"]} < set(items)
+    shorter = [[item["item_id"] for item in few["items"]] for few in alone]
+    assert sum(few == items[:3] for items, few in zip(chosen, shorter, strict=True)) < 20
 
 
 def test_a_model_with_user_tokens_needs_a_user_id_of_the_right_type() -> None:
