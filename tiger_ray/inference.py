@@ -62,9 +62,9 @@ class InferenceModel:
         with torch.no_grad():
             self._embedding_VD = model.shared.weight.detach().float().to(self.device)
             encoder, decoder = model.encoder.block, model.decoder.block
-            bias = encoder[0].layer[0].SelfAttention.position_bias(longest, longest, bidirectional=True)
+            bias = encoder[0].layer[0].SelfAttention.position_bias(longest, bidirectional=True)
             self._encoder_bias_HTT = bias[0].to(self.device, dtype)
-            bias = decoder[0].layer[0].SelfAttention.position_bias(id_length, id_length, bidirectional=False)
+            bias = decoder[0].layer[0].SelfAttention.position_bias(id_length, bidirectional=False)
             self._decoder_bias_IIH = bias[0].permute(1, 2, 0).to(self.device, dtype)
             self._encoder = [self._encoder_layer(block, number) for number, block in enumerate(encoder)]
             self._decoder = [self._decoder_layer(block, number) for number, block in enumerate(decoder)]
@@ -281,19 +281,26 @@ def rms_norm(hidden: Tensor) -> Tensor:
 
 def softmax(score: Tensor) -> Tensor:
     """Softmax over the last dimension."""
-    if score.dtype == torch.bfloat16 and score.device.type == "cpu":
-        # torch's own for bf16 on a CPU takes three times as long as oneDNN's
+    if score.dtype == torch.bfloat16 and has_onednn(score):
+        # torch's own for bf16 on a CPU takes three times as long
         return score.to_mkldnn().softmax(-1).to_dense()
     return score.softmax(-1)
 
 
 def linear(weight: Tensor, *, relu: bool = False) -> Linear:
     """The map x -> x weight^T, with a ReLU behind it or not."""
-    if weight.device.type == "cpu":
-        # oneDNN, as torch.compile calls it: the weight is packed once, the ReLU costs no pass of its own, and in
-        # fp32 torch would take MKL, which is half as fast on AMD
+    if has_onednn(weight):
+        # as torch.compile calls it: the weight is packed once, the ReLU costs no pass of its own, and in fp32
+        # torch would take MKL, which is half as fast on AMD
         packed, after = torch.ops.mkldnn._reorder_linear_weight(weight), "relu" if relu else "none"
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, after, [], "")
     if relu:
         return lambda x: F.linear(x, weight).relu_()
     return lambda x: F.linear(x, weight)
+
+
+def has_onednn(tensor: Tensor) -> bool:
+    """Can oneDNN compute with it here? It lacks bf16 on older CPUs, and is no part of every build of torch."""
+    if tensor.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return tensor.dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

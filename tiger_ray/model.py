@@ -1,6 +1,6 @@
 """T5 encoder-decoder over Semantic-ID tokens: reads a history, writes the next item's codewords.
 
-B users in batch, T history tokens, I id_length, W tokens of a target, V vocabulary, D model width (or width
+B users in batch, T history tokens, I id_length, V vocabulary, D model width (or width
 of a head, beside H), H heads.
 
 Same arithmetic and parameter names as `T5ForConditionalGeneration` of Hugging Face transformers (ReLU
@@ -73,7 +73,7 @@ class TigerModel(nn.Module):
         """
         memory_BTD, mask_B11T = self.encode(history_BT)
         input_BI = F.pad(target_BI[:, :-1], (1, 0), value=PAD)
-        return self._logits(self.decoder(input_BI, self.decoder.memory(memory_BTD), mask_B11T))
+        return self._logits(self.decoder(input_BI, memory_BTD, mask_B11T))
 
     def loss(self, history_BT: Tensor, target_BI: Tensor) -> Tensor:
         """Mean cross-entropy per codeword of the target; arguments as in `forward`."""
@@ -192,7 +192,7 @@ class EncoderStack(nn.Module):
     def forward(self, token_BT: Tensor, mask_B11T: Tensor | None) -> Tensor:
         """Hidden states, (B, T, D) float, of tokens, (B, T) int64."""
         length = token_BT.shape[1]
-        bias = self.block[0].layer[0].SelfAttention.position_bias(length, length, bidirectional=True)
+        bias = self.block[0].layer[0].SelfAttention.position_bias(length, bidirectional=True)
         if mask_B11T is not None:
             bias = bias + mask_B11T
         hidden: Tensor = self.dropout(self.embed_tokens(token_BT))
@@ -214,22 +214,16 @@ class DecoderStack(nn.Module):
         self.final_layer_norm = Norm(settings.d_model)
         self.dropout = Dropout(settings.dropout)
 
-    def memory(self, hidden_BTD: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of the encoder's hidden states for each layer, (B, H, T, D of a head)."""
-        return [block.layer[1].EncDecAttention.keys_values(hidden_BTD) for block in self.block]
-
-    def forward(
-        self, token_BI: Tensor, memory: list[tuple[Tensor, Tensor]], memory_mask_B11T: Tensor | None
-    ) -> Tensor:
-        """Hidden states, (B, I, D) float, of tokens, (B, I) int64."""
+    def forward(self, token_BI: Tensor, memory_BTD: Tensor, memory_mask_B11T: Tensor | None) -> Tensor:
+        """Hidden states, (B, I, D) float, of tokens, (B, I) int64, and of the encoder, (B, T, D) float."""
         length = token_BI.shape[1]
-        bias = self.block[0].layer[0].SelfAttention.position_bias(length, length, bidirectional=False)
+        bias = self.block[0].layer[0].SelfAttention.position_bias(length, bidirectional=False)
         later = torch.ones(length, length, dtype=torch.bool, device=token_BI.device).triu(1)
         bias = bias.masked_fill(later, MASKED)
         hidden: Tensor = self.dropout(self.embed_tokens(token_BI))
-        for block, (key, value) in zip(self.block, memory, strict=True):
+        for block in self.block:
             attention, cross_attention, feed_forward = block.layer
-            hidden = feed_forward(cross_attention(attention(hidden, bias), key, value, memory_mask_B11T))
+            hidden = feed_forward(cross_attention(attention(hidden, bias), memory_BTD, memory_mask_B11T))
         hidden = self.dropout(self.final_layer_norm(hidden))
         return hidden
 
@@ -283,13 +277,12 @@ class CrossAttentionLayer(nn.Module):
         self.layer_norm = Norm(settings.d_model)
         self.dropout = Dropout(settings.dropout)
 
-    def forward(
-        self, hidden_BWD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        """Hidden states after this sublayer; one memory serves all W tokens of a user."""
-        query = self.EncDecAttention.queries(self.layer_norm(hidden_BWD))
-        hidden_BWD = hidden_BWD + self.dropout(self.EncDecAttention(query, key_BHTD, value_BHTD, mask))
-        return hidden_BWD
+    def forward(self, hidden_BID: Tensor, memory_BTD: Tensor, mask_B11T: Tensor | None) -> Tensor:
+        """Hidden states after this sublayer."""
+        query = self.EncDecAttention.queries(self.layer_norm(hidden_BID))
+        key, value = self.EncDecAttention.keys_values(memory_BTD)
+        hidden_BID = hidden_BID + self.dropout(self.EncDecAttention(query, key, value, mask_B11T))
+        return hidden_BID
 
 
 class FeedForwardLayer(nn.Module):
@@ -373,12 +366,11 @@ class Attention(nn.Module):
         read: Tensor = self.o(read_BHTD.transpose(1, 2).flatten(2))
         return read
 
-    def position_bias(self, num_queries: int, num_keys: int, *, bidirectional: bool) -> Tensor:
-        """What relative positions add to the scores, (1, H, queries, keys); the last query is at the last key."""
+    def position_bias(self, length: int, *, bidirectional: bool) -> Tensor:
+        """What relative positions add to the scores, (1, H, T, T), T = `length`."""
         weight = self.relative_attention_bias.weight
-        query = torch.arange(num_keys - num_queries, num_keys, device=weight.device)
-        key = torch.arange(num_keys, device=weight.device)
-        bucket = position_bucket(key[None, :] - query[:, None], bidirectional=bidirectional)
+        place = torch.arange(length, device=weight.device)
+        bucket = position_bucket(place[None, :] - place[:, None], bidirectional=bidirectional)
         return F.embedding(bucket, weight).permute(2, 0, 1)[None]
 
 

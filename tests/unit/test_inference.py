@@ -131,3 +131,16 @@ def test_softmax_in_bf16_is_that_of_fp32_for_large_scores_too():
     score = (torch.randn(6, 5, 9) * 40).bfloat16()
     expected = score.float().softmax(-1)
     torch.testing.assert_close(softmax(score).float(), expected, atol=0.004, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cpu_without_onednn_writes_the_same(dtype, monkeypatch):
+    model = tiny_model()
+    history_BT, target_BI = padded_batch()
+    with torch.no_grad():
+        expected = written(InferenceModel(model, dtype), history_BT, target_BI)
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        found = written(InferenceModel(model, dtype), history_BT, target_BI)
+    for found_BC, expected_BC in zip(found, expected, strict=True):
+        tolerance = 1e-5 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(found_BC, expected_BC, atol=tolerance, rtol=0)
