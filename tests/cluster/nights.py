@@ -61,7 +61,7 @@ training:
   log_every_steps: 10
   precision: fp32
 decoding:
-  batch_size: 4
+  batch_tokens: 400
 evaluation:
   min_ratio_to_popularity: 0.0   # 40 steps beat nobody
 """

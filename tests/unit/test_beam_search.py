@@ -286,6 +286,47 @@ def test_ids_of_one_code_are_decoded_too():
         np.testing.assert_allclose(score_BK[user], np.sort(expected_N)[::-1][:10], atol=1e-4)
 
 
+def brute_force_beams(
+    model: TigerModel, codes_NI: np.ndarray, history: np.ndarray, width: int
+) -> list[tuple[int, float]]:
+    """Items and scores of a beam search that scores every item at every level."""
+    token_NI = model.vocabulary.item_tokens(codes_NI)
+    history_NT = token_NI[history.astype(np.int64)].reshape(1, -1).expand(len(codes_NI), -1)
+    with torch.no_grad():
+        log_prob_NIV = model(history_NT, token_NI).log_softmax(-1)
+    score_NI = log_prob_NIV.gather(-1, token_NI[..., None])[..., 0].cumsum(1).numpy()
+    alive = {(): None}
+    for level in range(codes_NI.shape[1]):
+        scores = {
+            tuple(codes[: level + 1]): score
+            for codes, score in zip(codes_NI.tolist(), score_NI[:, level].tolist(), strict=True)
+            if tuple(codes[:level]) in alive
+        }
+        alive = dict(sorted(scores.items(), key=lambda entry: (-entry[1], entry[0]))[:width])
+    item_of = {tuple(codes): item for item, codes in enumerate(codes_NI.tolist())}
+    return [(item_of[codes], score) for codes, score in alive.items()]
+
+
+@pytest.mark.parametrize(("width", "k"), [(500, 500), (60, 10)])
+def test_narrow_beams_keep_what_brute_force_keeps(width, k):
+    """Of 1,200 items, so that even 500 beams forget some."""
+    torch.manual_seed(2)
+    sizes = {"num_layers": 2, "d_model": 16, "num_heads": 2, "d_kv": 8, "d_ff": 24}
+    model = TigerModel(ModelSettings(**sizes), Vocabulary((20, 20, 20, 3))).eval()
+    with torch.no_grad():
+        model.shared.weight.mul_(3)  # probabilities apart from each other, as training makes them
+    rng = np.random.default_rng(18)
+    codes_NI = rng.permutation(np.array(list(np.ndindex(20, 20, 20, 3)), np.int16))[:1200]
+    item_index, lengths_B = histories_of(18, 2, 1200)
+    decoder = Decoder(model, codes_NI, np.ones(1200, bool), DecodingSettings(beam_width=width))
+    found_BK, score_BK = decoder.recommend(item_index, lengths_B, None, k)
+    for user, history in enumerate(split(item_index, lengths_B)):
+        expected = brute_force_beams(model, codes_NI, history, width)[:k]
+        np.testing.assert_allclose(score_BK[user], [score for _, score in expected], atol=1e-4)
+        # near ties may change places
+        assert len(set(found_BK[user]) & {item for item, _ in expected}) >= k - 1
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**32), st.integers(2, 72), st.integers(1, 6), st.booleans(), st.booleans())
 def test_nothing_invalid_or_excluded_comes_out_of_narrow_beams(seed, num_items, width, sample, bf16):
