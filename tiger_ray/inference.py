@@ -1,4 +1,4 @@
-"""A trained model laid out for decoding: the numbers of `TigerModel`, several times sooner.
+"""A trained model laid out for decoding: the numbers of `TigerModel`, in a fraction of the time.
 
 B users in batch, T history tokens, I id_length, W beams, S levels written so far, V vocabulary, C codewords
 of a level, D model width, H heads, K width of a head, A = H x K.
@@ -103,8 +103,8 @@ class InferenceModel:
             hidden_BTD += layer.feed_forward_out(layer.feed_forward(self._norm(hidden_BTD)))
         normed_BTD = self._norm(hidden_BTD)
         memory = list[tuple[Tensor, Tensor]]()
-        for linear in self._memory:
-            key, value = self._by_head(linear(normed_BTD), 2)
+        for project in self._memory:
+            key, value = self._by_head(project(normed_BTD), 2)
             memory.append((key.transpose(1, 2), value))
         if mask_B11T is not None:
             mask_B11T = mask_B11T.expand(-1, self._num_heads, -1, -1).reshape(-1, 1, length)
