@@ -303,7 +303,7 @@ class DecodingSettings(Section):
     """Draw each user's items without replacement instead of taking the most probable ones, each codeword by its
     probability; `seed` and the user decide, and a higher temperature makes the draw more diverse."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of matrix products. bf16 is several times faster where the CPU or GPU knows it; items of nearly
+    """Arithmetic of matrix products. bf16 is about twice as fast where the CPU or GPU knows it; items of nearly
     equal score may then change places with the users they are decoded with."""
     batch_tokens: Count | None = None
     """History tokens and beams of the users decoded at once, which sets memory: about 30 kB each at
