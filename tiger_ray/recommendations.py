@@ -18,7 +18,7 @@ import torch
 
 from tiger_ray import evaluation, schemas
 from tiger_ray.beam_search import Decoder, best_first, ranges
-from tiger_ray.config import Settings
+from tiger_ray.config import Section, Settings
 from tiger_ray.errors import ArtifactError, DataError, QualityError
 from tiger_ray.hashing import mixed
 from tiger_ray.registry import load_semantic_ids
@@ -41,24 +41,32 @@ def run(
     """
     require_same_id_space(model, semantic_ids)
     inputs = {"model": model, "semantic_ids": semantic_ids, "sequences": sequences}
-    sections = {"decoding": settings.decoding, "recommendations": settings.recommendations}
-    scoring = fingerprint(
-        {
-            "format_version": FORMAT_VERSIONS["recommendations"],
-            "inputs": {name: manifest.digest for name, manifest in inputs.items()},
-            "settings": {name: section.fingerprint() for name, section in sections.items()},
-            "seed": settings.seed if settings.decoding.sample else None,
-        }
-    )
+    scoring = scoring_name(settings, inputs)
     return run_stage(
         storage,
         settings,
         "recommendations",
         inputs=inputs,
-        sections=sections,
+        sections=_sections(settings),
         source={"date": settings.date},
         compute=lambda run: _compute(run, settings, storage, scoring, inputs),
     )
+
+
+def scoring_name(settings: Settings, inputs: Mapping[str, Manifest]) -> str:
+    """Fingerprint of everything that decides which items are recommended, which is all but the date."""
+    return fingerprint(
+        {
+            "format_version": FORMAT_VERSIONS["recommendations"],
+            "inputs": {name: manifest.digest for name, manifest in inputs.items()},
+            "settings": {name: section.fingerprint() for name, section in _sections(settings).items()},
+            "seed": settings.seed if settings.decoding.sample else None,
+        }
+    )
+
+
+def _sections(settings: Settings) -> dict[str, Section]:
+    return {"decoding": settings.decoding, "recommendations": settings.recommendations}
 
 
 def evaluate(

@@ -29,8 +29,8 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from worlds import MONDAY, publish
 
-from tiger_ray import schemas, semantic_ids, serving
-from tiger_ray.config import DecodingSettings, ModelSettings, ServingSettings, Settings
+from tiger_ray import recommendations, schemas, semantic_ids, serving
+from tiger_ray.config import ModelSettings, ServingSettings, Settings
 from tiger_ray.errors import ArtifactError
 from tiger_ray.hashing import stable_hash
 from tiger_ray.model import TigerModel
@@ -514,7 +514,8 @@ def test_integer_ids_and_user_tokens_are_served(tmp_path: Path) -> None:
 
 def test_a_draw_belongs_to_its_user_and_a_shorter_one_is_its_beginning(world: World) -> None:
     recommender = world.recommender(decoding={"sample": True})
-    drawing = world.settings.model_copy(update={"decoding": DecodingSettings(sample=True)})
+    decoding = world.settings.decoding.model_copy(update={"sample": True})
+    drawing = world.settings.model_copy(update={"decoding": decoding})
     assert serving.needs_user(drawing, world.network.vocabulary)
     assert not serving.needs_user(world.settings, world.network.vocabulary)
     history = [world.item_ids[4], world.item_ids[9]]
@@ -528,6 +529,8 @@ def test_a_draw_belongs_to_its_user_and_a_shorter_one_is_its_beginning(world: Wo
     for items, few in zip(chosen, alone, strict=True):
         assert items == sorted(items, key=best.index)
         assert {item["item_id"] for item in few["items"]} < set(items)
+    other = Recommender(world.storage, drawing.model_copy(update={"seed": 1}), *world.manifests.values())
+    assert other.answer([Query(history, 6, user) for user in users]) != drawn
     shorter = [[item["item_id"] for item in few["items"]] for few in alone]
     assert sum(few == items[:3] for items, few in zip(chosen, shorter, strict=True)) < 20
 
@@ -564,3 +567,16 @@ def test_popularity_of_another_registry_is_refused(world: World) -> None:
     other = sequences.model_copy(update={"inputs": {"semantic_ids": "0" * 64}})
     with pytest.raises(ArtifactError, match="were not built on Semantic IDs"):
         serving.application(settings, storage, model, ids, other)
+
+
+def test_only_a_draw_is_made_again_for_another_seed(world: World) -> None:
+    """Otherwise last night's recommendations would be published again under a new date."""
+    for sample in (False, True):
+        decoding = world.settings.decoding.model_copy(update={"sample": sample})
+        names = [
+            recommendations.scoring_name(
+                world.settings.model_copy(update={"decoding": decoding, "seed": seed}), world.manifests
+            )
+            for seed in (0, 1)
+        ]
+        assert len(set(names)) == 1 + sample

@@ -531,7 +531,7 @@ def test_recorded_searches_equal_plain_ones_whatever_was_replayed_before():
 
 def test_a_batch_that_will_be_padded_to_a_power_of_two_is_one():
     decoder = Decoder(
-        MODEL, catalog_of(11, 20), np.ones(20, bool), DecodingSettings(beam_width=10, batch_tokens=500)
+        MODEL, catalog_of(11, 20), np.ones(20, bool), DecodingSettings(beam_width=10, batch_tokens=700)
     )
     decoder._recorded = decoder._decode
     batches = list(decoder._batches(np.full(100, 5), np.zeros(100, np.int64)))
