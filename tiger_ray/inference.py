@@ -26,7 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiger_ray.model import EPSILON, MASKED, DecoderBlock, EncoderBlock, Norm, TigerModel
+from tiger_ray.model import (
+    EPSILON,
+    MASKED,
+    CrossAttentionLayer,
+    FeedForwardLayer,
+    Norm,
+    SelfAttentionLayer,
+    TigerModel,
+)
 from tiger_ray.tokens import PAD
 
 LENGTH_MULTIPLE = 16
@@ -66,11 +74,15 @@ class InferenceModel:
             self._encoder_bias_HTT = bias[0].to(self.device, dtype)
             bias = decoder[0].layer[0].SelfAttention.position_bias(id_length, bidirectional=False)
             self._decoder_bias_IIH = bias[0].permute(1, 2, 0).to(self.device, dtype)
-            self._encoder = [self._encoder_layer(block, number) for number, block in enumerate(encoder)]
-            self._decoder = [self._decoder_layer(block, number) for number, block in enumerate(decoder)]
-            crossed = [block.layer[1].EncDecAttention for block in decoder]
-            norm = model.encoder.final_layer_norm
-            self._memory = [self._linear(norm, cross.k.weight, cross.v.weight) for cross in crossed]
+            self._encoder = [self._layer(*block.layer) for block in encoder]
+            self._decoder = [self._layer(block.layer[0], block.layer[2]) for block in decoder]
+            self._cross = [
+                self._cross_layer(block.layer[1], model.encoder.final_layer_norm) for block in decoder
+            ]
+            # what the first layers project depends on the token alone
+            self._encoder_table, self._decoder_table = (
+                layers[0].project(self._norm(self._embedding_VD)) for layers in (self._encoder, self._decoder)
+            )
             scale = (settings.d_model**-0.5 if settings.tie_embeddings else 1.0) / temperature
             # in fp32: rounded to bf16 they would exchange one recommendation in forty
             self._logits = linear(self._scaled(model.decoder.final_layer_norm, model.lm_head.weight * scale))
@@ -96,15 +108,18 @@ class InferenceModel:
         bias = bias_BHTT.reshape(-1, length, length)
         hidden_BTD = F.embedding(history_BT, self._embedding_VD)
         for number, layer in enumerate(self._encoder):
-            projected = layer.by_token(history_BT) if number == 0 else layer.attention(self._norm(hidden_BTD))
+            if number == 0:
+                projected = F.embedding(history_BT, self._encoder_table)
+            else:
+                projected = layer.project(self._norm(hidden_BTD))
             query, key, value = self._by_head(projected, 3)
             share = softmax(torch.baddbmm(bias, query, key.transpose(1, 2)))
-            hidden_BTD += layer.attention_out(self._by_token(share @ value, num_users))
+            hidden_BTD += layer.out(self._by_token(share @ value, num_users))
             hidden_BTD += layer.feed_forward_out(layer.feed_forward(self._norm(hidden_BTD)))
         normed_BTD = self._norm(hidden_BTD)
         memory = list[tuple[Tensor, Tensor]]()
-        for project in self._memory:
-            key, value = self._by_head(project(normed_BTD), 2)
+        for cross in self._cross:
+            key, value = self._by_head(cross.project(normed_BTD), 2)
             memory.append((key.transpose(1, 2), value))
         if mask_B11T is not None:
             mask_B11T = mask_B11T.expand(-1, self._num_heads, -1, -1).reshape(-1, 1, length)
@@ -122,15 +137,15 @@ class InferenceModel:
         """
         level = state.level
         hidden_BWD = F.embedding(token_BW, self._embedding_VD)
-        for number, layer in enumerate(self._decoder):
-            projected = layer.by_token(token_BW) if number == 0 else layer.attention(self._norm(hidden_BWD))
+        for number, (layer, cross) in enumerate(zip(self._decoder, self._cross, strict=True)):
+            if number == 0:
+                projected = F.embedding(token_BW, self._decoder_table)
+            else:
+                projected = layer.project(self._norm(hidden_BWD))
             read_BWA = self._read_written(projected, state.written[number])
-            hidden_BWD += layer.attention_out(read_BWA)
-            hidden_BWD += layer.cross_out(
-                self._read_memory(
-                    layer.cross_query(self._norm(hidden_BWD)), *state.memory[number], state.mask
-                )
-            )
+            hidden_BWD += layer.out(read_BWA)
+            query_BWA = cross.query(self._norm(hidden_BWD))
+            hidden_BWD += cross.out(self._read_memory(query_BWA, *state.memory[number], state.mask))
             hidden_BWD += layer.feed_forward_out(layer.feed_forward(self._norm(hidden_BWD)))
         state.level += 1
         logits_BWV = self._logits(rms_norm(hidden_BWD))
@@ -192,61 +207,41 @@ class InferenceModel:
             weight = weight * norm.weight.detach().float()
         return weight.to(self.device)
 
-    def _encoder_layer(self, block: EncoderBlock, number: int) -> EncoderLayer:
-        attention, feed_forward = block.layer
-        of = attention.SelfAttention
-        project = self._linear(attention.layer_norm, of.q.weight, of.k.weight, of.v.weight)
-        dense = feed_forward.DenseReluDense
-        return EncoderLayer(
-            by_token=self._by_token_table(project, number),
-            attention=project,
-            attention_out=self._linear(None, of.o.weight),
+    def _layer(self, attention: SelfAttentionLayer, feed_forward: FeedForwardLayer) -> Layer:
+        of, dense = attention.SelfAttention, feed_forward.DenseReluDense
+        return Layer(
+            project=self._linear(attention.layer_norm, of.q.weight, of.k.weight, of.v.weight),
+            out=self._linear(None, of.o.weight),
             feed_forward=self._linear(feed_forward.layer_norm, dense.wi.weight, relu=True),
             feed_forward_out=self._linear(None, dense.wo.weight),
         )
 
-    def _decoder_layer(self, block: DecoderBlock, number: int) -> DecoderLayer:
-        attention, cross, feed_forward = block.layer
-        of, crossed = attention.SelfAttention, cross.EncDecAttention
-        project = self._linear(attention.layer_norm, of.q.weight, of.k.weight, of.v.weight)
-        dense = feed_forward.DenseReluDense
-        return DecoderLayer(
-            by_token=self._by_token_table(project, number),
-            attention=project,
-            attention_out=self._linear(None, of.o.weight),
-            cross_query=self._linear(cross.layer_norm, crossed.q.weight),
-            cross_out=self._linear(None, crossed.o.weight),
-            feed_forward=self._linear(feed_forward.layer_norm, dense.wi.weight, relu=True),
-            feed_forward_out=self._linear(None, dense.wo.weight),
+    def _cross_layer(self, cross: CrossAttentionLayer, memory_norm: Norm) -> CrossLayer:
+        of = cross.EncDecAttention
+        return CrossLayer(
+            query=self._linear(cross.layer_norm, of.q.weight),
+            project=self._linear(memory_norm, of.k.weight, of.v.weight),
+            out=self._linear(None, of.o.weight),
         )
 
-    def _by_token_table(self, project: Linear, number: int) -> Linear:
-        if number > 0:
-            return project
-        table = project(self._norm(self._embedding_VD))
-        return lambda token: F.embedding(token, table)
 
+class Layer(NamedTuple):
+    """Products of self-attention and feed-forward, of encoder and decoder."""
 
-class EncoderLayer(NamedTuple):
-    """Products of one layer of the encoder."""
-
-    by_token: Linear
-    attention: Linear
-    attention_out: Linear
+    project: Linear
+    """Hidden states to queries, keys and values side by side."""
+    out: Linear
     feed_forward: Linear
     feed_forward_out: Linear
 
 
-class DecoderLayer(NamedTuple):
-    """Products of one layer of the decoder."""
+class CrossLayer(NamedTuple):
+    """Products of attention to the history."""
 
-    by_token: Linear
-    attention: Linear
-    attention_out: Linear
-    cross_query: Linear
-    cross_out: Linear
-    feed_forward: Linear
-    feed_forward_out: Linear
+    query: Linear
+    project: Linear
+    """Hidden states of the encoder to keys and values side by side."""
+    out: Linear
 
 
 @dataclass

@@ -23,7 +23,7 @@ def config() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def tested() -> dict[str, str]:
+def constraints() -> dict[str, str]:
     """Version of every package of constraints.txt."""
     lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
     return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
@@ -67,13 +67,17 @@ def test_the_gpu_workers_suffice_for_the_nightly_settings(config: dict[str, Any]
     assert gpus >= wanted
 
 
-def test_every_node_runs_the_tested_ray_and_python(config: dict[str, Any], tested: dict[str, str]) -> None:
+def test_every_node_runs_the_tested_ray_and_python(
+    config: dict[str, Any], constraints: dict[str, str]
+) -> None:
     docker = config["docker"]
     images = [docker["image"], docker["head_image"]]
     images += [kind["docker"]["worker_image"] for kind in workers(config).values() if "docker" in kind]
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     python = project["tool"]["ruff"]["target-version"]
-    assert {image.removesuffix("-gpu") for image in images} == {f"rayproject/ray:{tested['ray']}-{python}"}
+    assert {image.removesuffix("-gpu") for image in images} == {
+        f"rayproject/ray:{constraints['ray']}-{python}"
+    }
     for kind in workers(config).values():
         image = kind.get("docker", {}).get("worker_image", docker["image"])
         assert image.endswith("-gpu") == (kind["resources"]["GPU"] > 0)
@@ -81,13 +85,13 @@ def test_every_node_runs_the_tested_ray_and_python(config: dict[str, Any], teste
 
 
 def test_every_dependency_is_installed_at_its_tested_version(
-    config: dict[str, Any], tested: dict[str, str]
+    config: dict[str, Any], constraints: dict[str, str]
 ) -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     needed = {requirement.split(">=")[0] for requirement in project["dependencies"]}
     pinned = dict(re.findall(r'"([^"=\s]+)==([^"\s]+)"', " ".join(config["setup_commands"])))
     assert pinned.keys() == needed
-    assert pinned == {name: tested[name.split("[")[0]] for name in needed}
+    assert pinned == {name: constraints[name.split("[")[0]] for name in needed}
 
 
 def test_ray_starts_with_token_authentication_and_a_private_dashboard(config: dict[str, Any]) -> None:
