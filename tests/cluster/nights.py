@@ -261,6 +261,21 @@ def _pids_with_environment(assignment: str) -> list[int]:
     return found
 
 
+def wait_for_orphans(address: str) -> None:
+    """Until no actor scores users any more on the cluster: those of a killed driver live on for a moment."""
+
+    def scores(pid: int) -> bool:
+        try:
+            return b"_ShardActor" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            return False
+
+    until(
+        lambda: not any(map(scores, _pids_with_environment(f"RAY_ADDRESS={address}"))),
+        "the end of a killed driver's actors",
+    )
+
+
 def wait_for_nodes(dashboard: str, count: int, folders: Sequence[Path]) -> None:
     """Until so many nodes are alive and the dashboard answers; otherwise shows the nodes' logs."""
 
