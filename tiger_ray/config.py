@@ -252,6 +252,9 @@ class ModelSettings(Section):
     """Share of activations dropped in training."""
     tie_embeddings: bool = True
     """Use the token embedding as the output layer too (T5 1.0)."""
+    softmax: Literal["vocabulary", "level"] = "vocabulary"
+    """What a codeword's probability is a share of: all tokens (the paper's, and Hugging Face's), or the codewords
+    of its level, which costs one product of that level instead of the whole vocabulary."""
     num_user_buckets: CountOrZero = 0
     """Hash buckets for user tokens (paper: 2000, for a gain that open reproductions do not find); 0: none,
     and the endpoint can then serve histories of nobody in particular."""

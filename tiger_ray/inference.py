@@ -85,7 +85,8 @@ class InferenceModel:
             )
             scale = (settings.d_model**-0.5 if settings.tie_embeddings else 1.0) / temperature
             # in fp32: rounded to bf16 they would exchange one recommendation in forty
-            self._logits = linear(self._scaled(model.decoder.final_layer_norm, model.lm_head.weight * scale))
+            weight_VD = self._scaled(model.decoder.final_layer_norm, model.lm_head.weight * scale)
+            self._output = output_layers(weight_VD, model)
             # sums over the width of each head, and back, as matrix products
             head_HH = torch.eye(self._num_heads, device=self.device, dtype=dtype)
             self._head_AH = head_HH.repeat_interleave(self._d_kv, dim=0)
@@ -126,7 +127,7 @@ class InferenceModel:
         return DecoderState(memory, mask_B11T, [[] for _ in self._decoder])
 
     def next_log_probs(self, token_BW: Tensor, state: DecoderState) -> Tensor:
-        """Log-probabilities of the codewords of the next level, normalized over the whole vocabulary.
+        """Log-probabilities of the codewords of the next level, normalized as `model.softmax` says.
 
         Args:
             token_BW: last token of each beam, (B, W) int64; PAD, and one beam, at the first level.
@@ -135,7 +136,6 @@ class InferenceModel:
         Returns:
             Natural log-probabilities, (B, W, C) float32, C the size of the level.
         """
-        level = state.level
         hidden_BWD = F.embedding(token_BW, self._embedding_VD)
         for number, (layer, cross) in enumerate(zip(self._decoder, self._cross, strict=True)):
             if number == 0:
@@ -147,12 +147,12 @@ class InferenceModel:
             query_BWA = cross.query(self._norm(hidden_BWD))
             hidden_BWD += cross.out(self._read_memory(query_BWA, *state.memory[number], state.mask))
             hidden_BWD += layer.feed_forward_out(layer.feed_forward(self._norm(hidden_BWD)))
+        logits, codewords = self._output[state.level]
         state.level += 1
-        logits_BWV = self._logits(rms_norm(hidden_BWD))
+        logits_BWV = logits(rms_norm(hidden_BWD))
         # as logsumexp, which would take a second matrix of that size
         highest_BW1 = logits_BWV.amax(-1, keepdim=True)
-        first = self.vocabulary.offsets[level]
-        logits_BWC = logits_BWV[..., first : first + self.vocabulary.level_sizes[level]] - highest_BW1
+        logits_BWC = logits_BWV[..., codewords] - highest_BW1
         return logits_BWC - logits_BWV.sub_(highest_BW1).exp_().sum(-1, keepdim=True).log()
 
     def _read_written(self, projected_BW3A: Tensor, written: list[Tensor]) -> Tensor:
@@ -267,6 +267,19 @@ class DecoderState:
                     row_BW = torch.arange(num_users, device=beam_BW.device)[:, None] * beams + beam_BW
                     kept = pair_BWA.flatten(0, 1).index_select(0, row_BW.flatten())
                     layer[level] = kept.view(num_users, width, -1)
+
+
+def output_layers(weight_VD: Tensor, model: TigerModel) -> list[tuple[Linear, slice]]:
+    """For each level: the product that gives all logits to normalize over, and where its codewords are."""
+    vocabulary = model.vocabulary
+    blocks = [
+        slice(first, first + size)
+        for first, size in zip(vocabulary.offsets, vocabulary.level_sizes, strict=True)
+    ]
+    if model.settings.softmax == "vocabulary":
+        whole = linear(weight_VD)
+        return [(whole, block) for block in blocks]
+    return [(linear(weight_VD[block].clone()), slice(None)) for block in blocks]
 
 
 def rms_norm(hidden: Tensor) -> Tensor:

@@ -61,23 +61,37 @@ class TigerModel(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=deviation.get(name.rpartition(".")[2], d_model**-0.5))
 
-    def forward(self, history_BT: Tensor, target_BI: Tensor) -> Tensor:
-        """Logits of every codeword of the target, each seeing the codewords before it.
+    def forward(self, history_BT: Tensor, target_BI: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """Cross-entropy of every codeword of the target, each seeing the codewords before it.
 
         Args:
             history_BT: token ids, (B, T) int64, PAD after the end.
             target_BI: token ids of the next item, (B, I) int64.
+            label_smoothing: share of the target probability that is spread evenly over all that
+                `model.softmax` normalizes over.
 
         Returns:
-            Logits, (B, I, V) float.
+            Natural log loss, (B, I) float32.
         """
-        memory_BTD, mask_B11T = self.encode(history_BT)
-        input_BI = F.pad(target_BI[:, :-1], (1, 0), value=PAD)
-        return self._logits(self.decoder(input_BI, memory_BTD, mask_B11T))
+        hidden_BID = self._decode(history_BT, target_BI)
 
-    def loss(self, history_BT: Tensor, target_BI: Tensor) -> Tensor:
-        """Mean cross-entropy per codeword of the target; arguments as in `forward`."""
-        return F.cross_entropy(self(history_BT, target_BI).flatten(0, 1).float(), target_BI.flatten())
+        def losses(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+            logits = F.linear(hidden, weight).float()
+            return F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)
+
+        weight_VD, vocabulary = self.lm_head.weight, self.vocabulary
+        if self.settings.softmax == "vocabulary":
+            return losses(hidden_BID.flatten(0, 1), weight_VD, target_BI.flatten()).view_as(target_BI)
+        # split once: its gradient is one matrix, while that of a slice would be one for each level
+        sizes = [1, *vocabulary.level_sizes, vocabulary.num_user_buckets]
+        _, *weight_ICD, _ = torch.split(weight_VD, sizes)
+        code_BI = target_BI - torch.tensor(vocabulary.offsets, device=target_BI.device)
+        levels = zip(hidden_BID.unbind(1), weight_ICD, code_BI.unbind(1), strict=True)
+        return torch.stack([losses(*level) for level in levels], 1)
+
+    def logits(self, history_BT: Tensor, target_BI: Tensor) -> Tensor:
+        """Logits of every token at every codeword of the target, (B, I, V) float; arguments as in `forward`."""
+        return F.linear(self._decode(history_BT, target_BI), self.lm_head.weight)
 
     def encode(self, history_BT: Tensor) -> tuple[Tensor, Tensor | None]:
         """Histories as the decoder's memory.
@@ -95,10 +109,12 @@ class TigerModel(nn.Module):
             mask_B11T = torch.where(padding_BT, MASKED, 0.0)[:, None, None, :]
         return self.encoder(history_BT, mask_B11T), mask_B11T
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        if self.settings.tie_embeddings:
-            hidden = hidden * self.settings.d_model**-0.5
-        return F.linear(hidden, self.lm_head.weight)
+    def _decode(self, history_BT: Tensor, target_BI: Tensor) -> Tensor:
+        """What the output layer reads to write each codeword of the target, (B, I, D)."""
+        memory_BTD, mask_B11T = self.encode(history_BT)
+        input_BI = F.pad(target_BI[:, :-1], (1, 0), value=PAD)
+        hidden_BID: Tensor = self.decoder(input_BI, memory_BTD, mask_B11T)
+        return hidden_BID * self.settings.d_model**-0.5 if self.settings.tie_embeddings else hidden_BID
 
     def to_files(self) -> dict[str, bytes]:
         """The model as files, which Hugging Face's `T5ForConditionalGeneration.from_pretrained` reads too."""

@@ -27,7 +27,6 @@ import numpy.typing as npt
 import safetensors.torch
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiger_ray.beam_search import ranges
@@ -246,12 +245,11 @@ def fit(
             hash((seed, step, rank)) % 2**63
         )  # dropout follows from the step, so resuming is exact
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            logits_BIV = network(history_BT, target_BI)
-        loss = F.cross_entropy(logits_BIV.flatten(0, 1).float(), target_BI.flatten())
+            loss = network(history_BT, target_BI).mean()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm)
         optimizer.step()
         meter.add(step, loss.detach(), history_BT, show=rank == 0)

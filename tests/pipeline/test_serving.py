@@ -74,7 +74,7 @@ class World(NamedTuple):
         user = None if bucket is None else torch.tensor([vocabulary.user_offset + bucket])
         history_1T = pad_histories(tokens_NI[history], torch.tensor([len(history)]), user)
         with torch.inference_mode():
-            logits_NIV = self.network(history_1T.expand(NUM_ITEMS, -1), tokens_NI)
+            logits_NIV = self.network.logits(history_1T.expand(NUM_ITEMS, -1), tokens_NI)
         log_prob_NIV = logits_NIV.log_softmax(-1)
         score_N = log_prob_NIV.gather(-1, tokens_NI[..., None])[..., 0].sum(-1)
         order = sorted(set(range(NUM_ITEMS)) - set(INELIGIBLE), key=lambda item: -score_N[item])

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from hugging_face import LevelSoftmax, generate, hugging_face
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import T5Config, T5ForConditionalGeneration
 
 from tiger_ray import hashing, trie
 from tiger_ray.beam_search import (
@@ -24,7 +24,7 @@ from tiger_ray.config import DecodingSettings, ModelSettings
 from tiger_ray.errors import ArtifactError
 from tiger_ray.inference import InferenceModel
 from tiger_ray.model import TigerModel
-from tiger_ray.tokens import PAD, Vocabulary
+from tiger_ray.tokens import Vocabulary
 from tiger_ray.trie import Closed, Trie
 
 LEVEL_SIZES = (4, 3, 3, 2)
@@ -62,23 +62,43 @@ def score_every_item(model: TigerModel, codes_NI: np.ndarray, history: np.ndarra
     token_NI = model.vocabulary.item_tokens(codes_NI)
     history_NT = token_NI[history.astype(np.int64)].reshape(1, -1).expand(len(codes_NI), -1)
     with torch.no_grad():
-        log_prob_NIV = model(history_NT, token_NI).log_softmax(-1)
-    return log_prob_NIV.gather(-1, token_NI[..., None]).sum((1, 2)).numpy()
+        logits_NIV = model.logits(history_NT, token_NI)
+        if model.settings.softmax == "level":
+            for level, (first, size) in enumerate(
+                zip(model.vocabulary.offsets, model.vocabulary.level_sizes, strict=True)
+            ):
+                logits_NIV[:, level, :first] = logits_NIV[:, level, first + size :] = -torch.inf
+    return logits_NIV.log_softmax(-1).gather(-1, token_NI[..., None]).sum((1, 2)).numpy()
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 2**32), st.integers(1, 72), st.floats(0.05, 1.0), st.booleans())
-def test_beam_search_equals_exhaustive_scoring_on_tiny_catalogs(seed, num_items, share, exclude_history):
+MODELS = [
+    tiny_model(softmax=softmax, tie_embeddings=tied)
+    for softmax in ("vocabulary", "level")
+    for tied in (True, False)
+]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(0, 2**32),
+    st.integers(1, 72),
+    st.floats(0.05, 1.0),
+    st.booleans(),
+    st.sampled_from(MODELS),
+)
+def test_beam_search_equals_exhaustive_scoring_on_tiny_catalogs(
+    seed, num_items, share, exclude_history, model
+):
     codes_NI = catalog_of(seed, num_items)
     eligible_N = np.random.default_rng(seed).random(num_items) < share
     eligible_N[seed % num_items] = True
     item_index, lengths_B = histories_of(seed, 3, num_items)
 
-    decoder = Decoder(MODEL, codes_NI, eligible_N, DecodingSettings(beam_width=72))
+    decoder = Decoder(model, codes_NI, eligible_N, DecodingSettings(beam_width=72))
     found_BK, score_BK = decoder.recommend(item_index, lengths_B, None, 72, exclude_history=exclude_history)
 
     for user, history in enumerate(split(item_index, lengths_B)):
-        expected_N = score_every_item(MODEL, codes_NI, history)
+        expected_N = score_every_item(model, codes_NI, history)
         allowed_N = eligible_N.copy()
         if exclude_history:
             allowed_N[history] = False
@@ -90,47 +110,24 @@ def test_beam_search_equals_exhaustive_scoring_on_tiny_catalogs(seed, num_items,
         assert (np.diff(score_BK[user, :count]) <= 0).all()
 
 
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: str(model.settings.softmax))
 @pytest.mark.parametrize("width", [7, 10, 50])
-def test_beam_search_equals_generate_of_hugging_face(width):
+def test_beam_search_equals_generate_of_hugging_face(width, model):
     codes_NI = catalog_of(0, 70)
     eligible_N = np.arange(70) % 5 != 0
     item_index, lengths_B = histories_of(0, 4, 70)
-    decoder = Decoder(MODEL, codes_NI, eligible_N, DecodingSettings(beam_width=width))
+    decoder = Decoder(model, codes_NI, eligible_N, DecodingSettings(beam_width=width))
     found_BW, score_BW = decoder.recommend(item_index, lengths_B, None, width)
 
-    theirs = T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=MODEL.vocabulary.size,
-            d_model=16,
-            d_kv=8,
-            d_ff=24,
-            num_layers=2,
-            num_heads=2,
-            decoder_start_token_id=PAD,
-            eos_token_id=None,
-        )
-    ).eval()
-    theirs.load_state_dict(MODEL.state_dict())
-    token_NI = MODEL.vocabulary.item_tokens(codes_NI)
-    item_of = {tuple(token_NI[item].tolist()): item for item in np.flatnonzero(eligible_N)}
-
-    def next_tokens(_, written):
-        written = written.tolist()[1:]
-        return sorted({tokens[len(written)] for tokens in item_of if list(tokens[: len(written)]) == written})
-
+    theirs = hugging_face(model)
+    level_softmax = LevelSoftmax(model.vocabulary) if model.settings.softmax == "level" else None
+    tokens = model.vocabulary.item_tokens(codes_NI).tolist()
+    item_of = {tuple(tokens[item]): item for item in np.flatnonzero(eligible_N)}
     for user, history in enumerate(split(item_index, lengths_B)):
-        generated = theirs.generate(
-            token_NI[history.astype(np.int64)].reshape(1, -1),
-            num_beams=width,
-            num_return_sequences=width,
-            prefix_allowed_tokens_fn=next_tokens,
-            max_new_tokens=4,
-            length_penalty=0.0,
-            output_scores=True,
-            return_dict_in_generate=True,
-        )
-        assert found_BW[user].tolist() == [item_of[tuple(row[1:])] for row in generated.sequences.tolist()]
-        np.testing.assert_allclose(score_BW[user], generated.sequences_scores.numpy(), atol=1e-4)
+        read = [token for item in history for token in tokens[item]]
+        found, score = generate(theirs, read, item_of, width, level_softmax)
+        assert found_BW[user].tolist() == [item_of[row] for row in found]
+        np.testing.assert_allclose(score_BW[user], score, atol=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -293,7 +290,7 @@ def brute_force_beams(
     token_NI = model.vocabulary.item_tokens(codes_NI)
     history_NT = token_NI[history.astype(np.int64)].reshape(1, -1).expand(len(codes_NI), -1)
     with torch.no_grad():
-        log_prob_NIV = model(history_NT, token_NI).log_softmax(-1)
+        log_prob_NIV = model.logits(history_NT, token_NI).log_softmax(-1)
     score_NI = log_prob_NIV.gather(-1, token_NI[..., None])[..., 0].cumsum(1).numpy()
     alive = {(): None}
     for level in range(codes_NI.shape[1]):
@@ -361,7 +358,7 @@ def item_probabilities(codes_NI: np.ndarray, history: np.ndarray) -> np.ndarray:
     token_NI = MODEL.vocabulary.item_tokens(codes_NI)
     history_NT = token_NI[history.astype(np.int64)].reshape(1, -1).expand(len(codes_NI), -1)
     with torch.no_grad():
-        log_prob_NIV = MODEL(history_NT, token_NI).log_softmax(-1).numpy()
+        log_prob_NIV = MODEL.logits(history_NT, token_NI).log_softmax(-1).numpy()
     probability_N = np.ones(len(codes_NI))
     for item, codes in enumerate(codes_NI):
         for level in range(codes_NI.shape[1]):
@@ -549,7 +546,7 @@ def test_temperature_of_the_settings_divides_the_logits():
     for user, history in enumerate(split(item_index, lengths_B)):
         history_NT = token_NI[history.astype(np.int64)].reshape(1, -1).expand(30, -1)
         with torch.no_grad():
-            log_prob_NIV = (MODEL(history_NT, token_NI) / 3.0).log_softmax(-1)
+            log_prob_NIV = (MODEL.logits(history_NT, token_NI) / 3.0).log_softmax(-1)
         expected_N = log_prob_NIV.gather(-1, token_NI[..., None]).sum((1, 2)).numpy()
         np.testing.assert_allclose(score_BK[user], expected_N[found_BK[user]], atol=1e-4)
 

@@ -42,18 +42,26 @@ def written(model: InferenceModel, history_BT: torch.Tensor, target_BI: torch.Te
 
 
 def at_once(model: TigerModel, history_BT: torch.Tensor, target_BI: torch.Tensor, temperature: float = 1.0):
-    """The same by the model's own forward."""
-    log_prob_BIV = (model(history_BT, target_BI) / temperature).log_softmax(-1)
-    return [
-        log_prob_BIV[:, level, first : first + size]
-        for level, (first, size) in enumerate(zip(VOCABULARY.offsets, VOCABULARY.level_sizes, strict=True))
-    ]
+    """The same by the model's own logits."""
+    logits_BIV = model.logits(history_BT, target_BI) / temperature
+    rows = []
+    for level, (first, size) in enumerate(zip(VOCABULARY.offsets, VOCABULARY.level_sizes, strict=True)):
+        own = slice(first, first + size)
+        if model.settings.softmax == "level":
+            rows.append(logits_BIV[:, level, own].log_softmax(-1))
+        else:
+            rows.append(logits_BIV[:, level].log_softmax(-1)[:, own])
+    return rows
 
 
+BOTH = pytest.mark.parametrize("softmax", ["vocabulary", "level"])
+
+
+@BOTH
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("length", [61, 1])
-def test_writing_level_by_level_equals_the_model_at_once(tied, length):
-    model = tiny_model(tie_embeddings=tied)
+def test_writing_level_by_level_equals_the_model_at_once(tied, length, softmax):
+    model = tiny_model(tie_embeddings=tied, softmax=softmax)
     history_BT, target_BI = padded_batch()
     history_BT = history_BT[:, :length]
     with torch.no_grad():
@@ -66,8 +74,22 @@ def test_writing_level_by_level_equals_the_model_at_once(tied, length):
             torch.testing.assert_close(found_BC, expected_BC, atol=1e-5, rtol=0)
 
 
-def test_temperature_divides_the_logits():
-    model = tiny_model()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_probabilities_of_a_level_sum_to_one_if_they_are_normalized_over_it(dtype):
+    history_BT, target_BI = padded_batch()
+    totals = {}
+    for over in ("vocabulary", "level"):
+        model = InferenceModel(tiny_model(softmax=over), dtype, temperature=0.7)
+        with torch.no_grad():
+            rows = written(model, history_BT, target_BI)
+        totals[over] = torch.stack([row_BC.exp().sum(-1) for row_BC in rows])
+    torch.testing.assert_close(totals["level"], torch.ones(3, 4))
+    assert (totals["vocabulary"] < 0.99).all()
+
+
+@BOTH
+def test_temperature_divides_the_logits(softmax):
+    model = tiny_model(softmax=softmax)
     history_BT, target_BI = padded_batch()
     with torch.no_grad():
         cold = written(InferenceModel(model, temperature=0.25), history_BT, target_BI)
@@ -75,8 +97,9 @@ def test_temperature_divides_the_logits():
             torch.testing.assert_close(found_BC, expected_BC, atol=1e-4, rtol=0)
 
 
-def test_bf16_stays_near_fp32():
-    model = tiny_model()
+@BOTH
+def test_bf16_stays_near_fp32(softmax):
+    model = tiny_model(softmax=softmax)
     history_BT, target_BI = padded_batch()
     with torch.no_grad():
         rounded = written(InferenceModel(model, torch.bfloat16), history_BT, target_BI)
@@ -112,7 +135,7 @@ def test_beams_keep_their_own_past_when_they_are_reordered():
         log_prob_BWC = fast.next_log_probs(torch.tensor([[second, second + 1, second + 2]] * 4), state)
         for beam, past in enumerate(([first + 1, second], [first, second + 1], [first + 1, second + 2])):
             target_BI = torch.tensor([[*past, third]] * 4)
-            expected_BC = model(history_BT, target_BI).log_softmax(-1)[:, 2, third : third + 4]
+            expected_BC = model.logits(history_BT, target_BI).log_softmax(-1)[:, 2, third : third + 4]
             torch.testing.assert_close(log_prob_BWC[:, beam], expected_BC, atol=1e-5, rtol=0)
 
 

@@ -3,7 +3,8 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from transformers import T5Config, T5ForConditionalGeneration
+from hugging_face import hugging_face
+from transformers import T5ForConditionalGeneration
 
 from tiger_ray.config import ModelSettings
 from tiger_ray.errors import ArtifactError
@@ -17,28 +18,6 @@ def tiny_model(**changes) -> TigerModel:
     torch.manual_seed(0)
     sizes = {"num_layers": 2, "d_model": 16, "num_heads": 2, "d_kv": 8, "d_ff": 24, "num_user_buckets": 3}
     return TigerModel(ModelSettings(**(sizes | changes)), VOCABULARY).eval()
-
-
-def hugging_face(model: TigerModel) -> T5ForConditionalGeneration:
-    """The same model in transformers, written down from the settings and not from our own config.json."""
-    theirs = T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=model.vocabulary.size,
-            d_model=model.settings.d_model,
-            d_kv=model.settings.d_kv,
-            d_ff=model.settings.d_ff,
-            num_layers=model.settings.num_layers,
-            num_heads=model.settings.num_heads,
-            dropout_rate=0.0,
-            tie_word_embeddings=model.settings.tie_embeddings,
-            decoder_start_token_id=PAD,
-            eos_token_id=None,
-        )
-    )
-    if not model.settings.tie_embeddings:  # transformers 5 ties them all the same
-        theirs.lm_head.weight = torch.nn.Parameter(theirs.lm_head.weight.clone())
-    theirs.load_state_dict(model.state_dict(), strict=True)
-    return theirs.eval()
 
 
 def padded_batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,8 +37,8 @@ def test_logits_loss_and_gradients_equal_those_of_hugging_face(tied):
     history_BT, target_BI = padded_batch()
     expected = theirs(input_ids=history_BT, attention_mask=(history_BT != PAD).long(), labels=target_BI)
 
-    torch.testing.assert_close(ours(history_BT, target_BI), expected.logits, atol=1e-4, rtol=0)
-    loss = ours.loss(history_BT, target_BI)
+    torch.testing.assert_close(ours.logits(history_BT, target_BI), expected.logits, atol=1e-4, rtol=0)
+    loss = ours(history_BT, target_BI).mean()
     torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=0)
     loss.backward()
     expected.loss.backward()
@@ -67,6 +46,67 @@ def test_logits_loss_and_gradients_equal_those_of_hugging_face(tied):
     assert gradients.keys() == dict(ours.named_parameters()).keys()
     for name, weight in ours.named_parameters():
         torch.testing.assert_close(weight.grad, gradients[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def losses_by_hand(model: TigerModel, history_BT: torch.Tensor, target_BI: torch.Tensor, smoothing: float):
+    """Codeword by codeword: minus the log of what a softmax, written out, gives the target, (B, I)."""
+    logits_BIV = model.logits(history_BT, target_BI)
+    rows = []
+    for user, target_I in enumerate(target_BI.tolist()):
+        for level, target in enumerate(target_I):
+            tokens = range(VOCABULARY.size)
+            if model.settings.softmax == "level":
+                first = VOCABULARY.offsets[level]
+                tokens = range(first, first + VOCABULARY.level_sizes[level])
+            total = sum(logits_BIV[user, level, token].exp() for token in tokens)
+            loss = -(1 - smoothing) * (logits_BIV[user, level, target].exp() / total).log()
+            for token in tokens:
+                loss = loss - smoothing / len(tokens) * (logits_BIV[user, level, token].exp() / total).log()
+            rows.append(loss)
+    return torch.stack(rows).view(target_BI.shape)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("softmax", ["vocabulary", "level"])
+def test_losses_and_gradients_equal_a_softmax_written_out(softmax, smoothing, tied):
+    model = tiny_model(softmax=softmax, tie_embeddings=tied)
+    history_BT, target_BI = padded_batch()
+    losses, gradients = [], []
+    for loss_BI in (
+        model(history_BT, target_BI, smoothing),
+        losses_by_hand(model, history_BT, target_BI, smoothing),
+    ):
+        model.zero_grad()
+        loss_BI.mean().backward()
+        losses.append(loss_BI.detach())
+        gradients.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
+    assert losses[0].dtype == torch.float32
+    torch.testing.assert_close(*losses, atol=1e-5, rtol=0)
+    for name in gradients[0]:
+        torch.testing.assert_close(gradients[0][name], gradients[1][name], atol=1e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("softmax", "expected_I"),
+    [("vocabulary", [19, 19, 19]), ("level", [6, 5, 4])],
+)
+def test_equal_logits_cost_the_log_of_how_many_there_are_to_choose_from(softmax, expected_I):
+    model = tiny_model(softmax=softmax, tie_embeddings=False)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    loss_BI = model(*padded_batch())
+    torch.testing.assert_close(loss_BI, torch.tensor(expected_I).log().expand(4, 3))
+    torch.testing.assert_close(model(*padded_batch(), 0.3), loss_BI)
+
+
+def test_a_softmax_over_levels_leaves_the_logits_of_other_levels_alone():
+    """Tokens of other levels, padding and users get no gradient from the output layer."""
+    model = tiny_model(softmax="level", tie_embeddings=False)
+    history_BT, target_BI = padded_batch()
+    model(history_BT, target_BI)[:, 1].sum().backward()
+    touched_V = model.lm_head.weight.grad.abs().sum(1) > 0
+    first = VOCABULARY.offsets[1]
+    assert touched_V.nonzero().flatten().tolist() == list(range(first, first + VOCABULARY.level_sizes[1]))
 
 
 def test_weights_of_hugging_face_load_strictly():
@@ -78,11 +118,13 @@ def test_weights_of_hugging_face_load_strictly():
     ours.load_state_dict(theirs.state_dict(), strict=True)
     history_BT, target_BI = padded_batch()
     expected = theirs(input_ids=history_BT, attention_mask=(history_BT != PAD).long(), labels=target_BI)
-    torch.testing.assert_close(ours(history_BT, target_BI), expected.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.logits(history_BT, target_BI), expected.logits, atol=1e-4, rtol=1e-4)
 
 
-def test_hugging_face_reads_the_files(tmp_path):
-    ours = tiny_model()
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("softmax", ["vocabulary", "level"])
+def test_hugging_face_reads_the_files(tmp_path, tied, softmax):
+    ours = tiny_model(tie_embeddings=tied, softmax=softmax)
     for name, data in ours.to_files().items():
         (tmp_path / name).write_bytes(data)
     theirs, report = T5ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
@@ -91,7 +133,7 @@ def test_hugging_face_reads_the_files(tmp_path):
     assert not report["mismatched_keys"]
     history_BT, target_BI = padded_batch()
     expected = theirs(input_ids=history_BT, attention_mask=(history_BT != PAD).long(), labels=target_BI)
-    torch.testing.assert_close(ours(history_BT, target_BI), expected.logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours.logits(history_BT, target_BI), expected.logits, atol=1e-5, rtol=0)
 
 
 def test_initial_weights_deviate_as_those_of_hugging_face():
@@ -105,13 +147,14 @@ def test_initial_weights_deviate_as_those_of_hugging_face():
         assert ours.get_parameter(name).std().item() == pytest.approx(weight.std().item(), rel=0.1), name
 
 
-def test_bf16_stays_near_fp32():
-    model = tiny_model()
+@pytest.mark.parametrize("softmax", ["vocabulary", "level"])
+def test_bf16_stays_near_fp32(softmax):
+    model = tiny_model(softmax=softmax)
     history_BT, target_BI = padded_batch()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        loss = model.loss(history_BT, target_BI)
+        loss = model(history_BT, target_BI).mean()
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(model.loss(history_BT, target_BI).item(), rel=0.01)
+    assert loss.item() == pytest.approx(model(history_BT, target_BI).mean().item(), rel=0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
