@@ -345,6 +345,13 @@ class RecommendationsSettings(Section):
     """Never recommend an item of the user's history."""
 
 
+class ExportSettings(Section):
+    """The model as a folder for other tools."""
+
+    to: str | None = operational(None)
+    """Local folder to write, new or empty; required by jobs/export_model.py, and read by nothing else."""
+
+
 class ServingSettings(Section):
     """The HTTP endpoint."""
 
@@ -397,6 +404,7 @@ class Settings(BaseSettings):
     decoding: DecodingSettings = DecodingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     recommendations: RecommendationsSettings = RecommendationsSettings()
+    export: ExportSettings = ExportSettings()
     serving: ServingSettings = ServingSettings()
 
     @field_validator("date")

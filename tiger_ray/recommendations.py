@@ -9,7 +9,6 @@ B users of a shard, K items per user, I id_length.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -122,6 +121,12 @@ def require_quality(settings: Settings, storage: Storage, evaluated: Manifest) -
         )
 
 
+def evaluation_of(storage: Storage, settings: Settings, model: Manifest) -> Manifest | None:
+    """The evaluation of this model that is published for the night, if one is."""
+    published = storage.published("evaluation", settings.date)
+    return published if published is not None and published.inputs["model"] == model.digest else None
+
+
 class Scorer:
     """Model, Semantic IDs, trie and popularity in one process: what an actor or a replica holds."""
 
@@ -211,7 +216,7 @@ def _compute(
         for name in ("users", "fallback_users", "short_lists")
     }
     assert facts["users"] == users, f"{users} users were to be scored, {facts['users']} were"
-    evaluated = _evaluation_of(storage, settings, inputs["model"])
+    evaluated = evaluation_of(storage, settings, inputs["model"])
     top_k, eligible = settings.recommendations.top_k, int(inputs["semantic_ids"].metadata["eligible"])
     summary = f"{users:,} users, {facts['fallback_users']:,} by popularity"
     if facts["short_lists"]:
@@ -228,7 +233,10 @@ def _compute(
         "model_version": inputs["model"].run_id,
         "semantic_ids_version": inputs["semantic_ids"].run_id,
         "holdout": inputs["model"].metadata["holdout"],
-        "evaluation": evaluated,
+        # kept beside the recommendations for the next night's gate
+        "evaluation": None
+        if evaluated is None
+        else {**evaluated.metadata["model"], "protocol": evaluated.metadata["protocol"]},
     }
 
 
@@ -239,14 +247,6 @@ def _twin(storage: Storage, scoring: str) -> Manifest | None:
     except ArtifactError:
         return None
     return last if last.metadata["scoring"] == scoring else None
-
-
-def _evaluation_of(storage: Storage, settings: Settings, model: Manifest) -> dict[str, Any] | None:
-    """Metrics of the model that scores, kept beside its recommendations for the next night's gate."""
-    published = storage.published("evaluation", settings.date)
-    if published is None or published.inputs["model"] != model.digest:
-        return None
-    return {**published.metadata["model"], "protocol": published.metadata["protocol"]}
 
 
 class _RedateShard:

@@ -41,6 +41,17 @@ def embeddings(id_type: pa.DataType, dim: int) -> pa.Schema:
     )
 
 
+def exported_semantic_ids(id_type: pa.DataType) -> pa.Schema:
+    """One row per item ever registered, in that order; `eligible`: may it be recommended on the night?"""
+    return pa.schema(
+        [
+            pa.field("item_id", id_type, nullable=False),
+            pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
+            pa.field("eligible", pa.bool_(), nullable=False),
+        ]
+    )
+
+
 def sequences(id_type: pa.DataType) -> pa.Schema:
     """One row per user; `history` is oldest first and may be empty."""
     return pa.schema(

@@ -41,6 +41,7 @@ ORDER = (
     "training",
     "recommendations",
     "report",
+    "export",
     "serving",
     "job",
 )
