@@ -271,6 +271,9 @@ class TrainingSettings(Section):
     """Optimizer steps."""
     global_batch_size: Count = 256
     """Examples per optimizer step over all workers."""
+    events_in_memory: Count = 500_000_000
+    """Events that each worker holds in memory, at 4 bytes each and 16 per user; longer logs are streamed, some
+    user shards at a time, which also orders the examples in another way."""
     learning_rate: Positive = 1e-3
     """Peak step size of AdamW."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.035

@@ -20,8 +20,8 @@ from tiger_ray.beam_search import Decoder, best_first, ranges
 from tiger_ray.config import Section, Settings
 from tiger_ray.errors import ArtifactError, DataError, QualityError
 from tiger_ray.hashing import mixed
+from tiger_ray.histories import HELD_OUT, user_shards
 from tiger_ray.registry import load_semantic_ids
-from tiger_ray.sequences import HELD_OUT, user_shards
 from tiger_ray.shards import map_shards
 from tiger_ray.stage import FORMAT_VERSIONS, Computed, StageResult, run_stage
 from tiger_ray.storage import FileEntry, Manifest, Run, Storage, fingerprint

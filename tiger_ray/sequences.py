@@ -20,6 +20,7 @@ from tiger_ray import schemas
 from tiger_ray.config import EventsSettings, SequencesSettings, Settings
 from tiger_ray.events import is_complete, read_events, wanted_rows
 from tiger_ray.hashing import shard_of, stable_hash
+from tiger_ray.histories import HELD_OUT, num_examples, training_lengths
 from tiger_ray.registry import load_semantic_ids, registry_of
 from tiger_ray.shards import plain_errors, shard_name, write_partitions
 from tiger_ray.stage import Computed, StageResult, run_stage
@@ -28,9 +29,6 @@ from tiger_ray.stores import InputFile
 
 NUM_POPULAR = 1000
 """Most popular items kept for fallback lists and as the baseline."""
-
-HELD_OUT = 2
-"""Events of a user that leave-one-out hides from training: validation target, then test target."""
 
 
 def run(settings: Settings, storage: Storage, events: Manifest, semantic_ids: Manifest) -> StageResult:
@@ -43,25 +41,6 @@ def run(settings: Settings, storage: Storage, events: Manifest, semantic_ids: Ma
         sections={"events": settings.events, "sequences": settings.sequences},
         compute=lambda run: _compute(run, settings, storage, events, semantic_ids),
     )
-
-
-def user_shards(manifest: Manifest) -> list[FileEntry]:
-    """The files of a sequences artifact that hold users."""
-    return [entry for entry in manifest.files if entry.name.startswith("shard-")]
-
-
-def training_lengths(lengths: np.ndarray, held_out: int) -> np.ndarray:
-    """How many of a user's oldest events training may see, given history lengths; same shape.
-
-    Users too short to give a training event, a validation target and a test target are not evaluated, so
-    training sees all of theirs. Source: paper section 4 (leave-one-out); the rule for short users is ours.
-    """
-    return np.where(lengths > held_out, lengths - held_out, lengths) if held_out else lengths
-
-
-def num_examples(lengths: np.ndarray, held_out: int) -> int:
-    """Training examples in histories of these lengths: every event that training may see, but the first."""
-    return int(np.maximum(training_lengths(lengths, held_out) - 1, 0).sum())
 
 
 def histories_of(events: pa.Table, max_events: int) -> pa.Table:

@@ -1,12 +1,10 @@
 """Histories -> a checkpoint: the paper's sequence-to-sequence training, one loop, on Ray Train or without it.
 
 An example is a user's history cut before one of its events: the model reads the items before it and writes
-the Semantic ID of that item. Examples are never stored: each worker holds all histories as int32 (4 bytes
-per event) and cuts batches out of them. Which examples make up step s follows from the seed and s alone,
+the Semantic ID of that item. Which examples make up step s follows from the seed and s alone (`examples`),
 so a resumed run continues exactly, and any number of workers sees the same global batches.
 
-B examples per step of one worker, T history tokens, I id_length, E events of all users, U users, H items
-that the model reads.
+B examples per step of one worker, T history tokens, I id_length.
 """
 
 from __future__ import annotations
@@ -16,9 +14,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +25,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tiger_ray.beam_search import ranges
 from tiger_ray.config import Settings, TrainingSettings
 from tiger_ray.errors import ArtifactError, DataError, TigerError
+from tiger_ray.examples import Batch, Examples
 from tiger_ray.model import TigerModel
 from tiger_ray.registry import id_space, load_semantic_ids, registry_of
-from tiger_ray.sequences import HELD_OUT, training_lengths, user_shards
 from tiger_ray.stage import Computed, StageResult, run_stage
 from tiger_ray.storage import Manifest, Run, Storage
 from tiger_ray.tokens import Vocabulary, pad_histories
 from tiger_ray.workers import run_workers, this_worker
-
-BATCHES_PER_WINDOW = 64
-"""Batches that are sorted by length together, so that a batch holds histories of about one length."""
 
 MODEL_FILES = ("model.safetensors", "config.json")
 
@@ -85,110 +77,16 @@ def require_same_id_space(model: Manifest, semantic_ids: Manifest) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Examples:
-    """All examples of a set of histories, and the batches they make."""
-
-    item_index: npt.NDArray[np.int32]
-    """Events of all users, each user's oldest first, (E,)."""
-    lengths_U: npt.NDArray[np.int64]
-    """Events per user that training may see."""
-    user_hash_U: npt.NDArray[np.uint64]
-    """Hash of the user id, for user buckets."""
-    max_history: int
-    """Most recent items of a history that the model reads, H."""
-
-    @classmethod
-    def load(cls, storage: Storage, sequences: Manifest, holdout: str, max_history: int) -> Examples:
-        """Read every user shard; events hidden by the holdout are not even kept."""
-        items, lengths, hashes = [], [], []
-        for entry in user_shards(sequences):
-            table = storage.read_table(
-                sequences, entry.name, columns=["history", "user_hash"]
-            ).combine_chunks()
-            history = table.column("history").combine_chunks()
-            whole = np.diff(history.offsets.to_numpy()).astype(np.int64)
-            seen = training_lengths(whole, HELD_OUT if holdout == "leave_one_out" else 0)
-            first = np.cumsum(whole) - whole
-            items.append(history.flatten().to_numpy()[ranges(first, seen)])
-            lengths.append(seen)
-            hashes.append(table.column("user_hash").to_numpy())
-        return cls(np.concatenate(items), np.concatenate(lengths), np.concatenate(hashes), max_history)
-
-    @cached_property
-    def _first_event_U(self) -> npt.NDArray[np.int64]:
-        return np.cumsum(self.lengths_U) - self.lengths_U
-
-    @cached_property
-    def _first_example_U(self) -> npt.NDArray[np.int64]:
-        per_user = np.maximum(self.lengths_U - 1, 0)
-        return np.cumsum(per_user) - per_user
-
-    def __len__(self) -> int:
-        return int(np.maximum(self.lengths_U - 1, 0).sum())
-
-    def locate(self, example: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """User, and place of the target in the user's history (at least 1), of each example; same shape."""
-        user = np.searchsorted(self._first_example_U, example, side="right") - 1
-        return user, example - self._first_example_U[user] + 1
-
-    def batches(
-        self, batch_size: int, *, seed: int, start: int = 0
-    ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-        """User and place of each example of each global batch from step `start` on, without end; (B,) each.
-
-        Every epoch is one permutation of all examples; windows of it are sorted by length into batches.
-        """
-        window_size = BATCHES_PER_WINDOW * batch_size
-        for window in range(start // BATCHES_PER_WINDOW, 2**62):
-            example = self._permuted(window * window_size, window_size, seed)
-            user, place = self.locate(example)
-            by_length = np.argsort(np.minimum(place, self.max_history), kind="stable").reshape(-1, batch_size)
-            order = np.random.default_rng([seed, 1, window]).permutation(BATCHES_PER_WINDOW)
-            for batch in by_length[order][start % BATCHES_PER_WINDOW :]:
-                yield user[batch], place[batch]
-            start = 0
-
-    def _permuted(self, first: int, count: int, seed: int) -> npt.NDArray[np.int64]:
-        """Examples number `first` to `first + count` of an endless row of epochs."""
-        parts: list[npt.NDArray[np.int64]] = []
-        while count:
-            epoch, place = divmod(first, len(self))
-            if self._epochs.get("number") != epoch:
-                self._epochs.update(
-                    number=epoch, order=np.random.default_rng([seed, 0, epoch]).permutation(len(self))
-                )
-            parts.append(self._epochs["order"][place : place + count])
-            first += len(parts[-1])
-            count -= len(parts[-1])
-        return np.concatenate(parts)
-
-    @cached_property
-    def _epochs(self) -> dict[str, Any]:
-        return {}
-
-    def tokens(
-        self,
-        user: npt.NDArray[np.int64],
-        place: npt.NDArray[np.int64],
-        item_tokens_NI: Tensor,
-        vocabulary: Vocabulary,
-    ) -> tuple[Tensor, Tensor]:
-        """Token ids of histories, (B, T) int64, and of their next items, (B, I) int64."""
-        lengths = np.minimum(place, self.max_history)
-        end = self._first_event_U[user] + place
-        user_tokens = None
-        if vocabulary.num_user_buckets:
-            user_tokens = torch.from_numpy(
-                user_buckets(self.user_hash_U[user], vocabulary) + vocabulary.user_offset
-            )
-        read, target = (
-            item_tokens_NI[
-                torch.from_numpy(self.item_index[place].astype(np.int64)).to(item_tokens_NI.device)
-            ]
-            for place in (ranges(end - lengths, lengths), end)
-        )
-        return pad_histories(read, torch.from_numpy(lengths), user_tokens), target
+def tokens_of(batch: Batch, item_tokens_NI: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
+    """Token ids of histories, (B, T) int64, and of their next items, (B, I) int64."""
+    user_tokens = None
+    if vocabulary.num_user_buckets:
+        user_tokens = torch.from_numpy(user_buckets(batch.user_hash_B, vocabulary) + vocabulary.user_offset)
+    read, target = (
+        item_tokens_NI[torch.from_numpy(items.astype(np.int64)).to(item_tokens_NI.device)]
+        for items in (batch.item_E, batch.target_B)
+    )
+    return pad_histories(read, torch.from_numpy(batch.lengths_B), user_tokens), target
 
 
 def user_buckets(user_hash: npt.NDArray[np.uint64], vocabulary: Vocabulary) -> npt.NDArray[np.int64]:
@@ -219,7 +117,7 @@ def fit(
         vocabulary: of the model.
         settings: batch size, schedule, precision.
         optimizer: over the parameters of the network, continued if `start` is not 0.
-        seed: of batches and dropout.
+        seed: of dropout.
         rank: of this worker.
         world_size: workers in all.
         start: steps done already.
@@ -233,14 +131,14 @@ def fit(
         TigerError: the loss is not finite; the last checkpoint is still good.
     """
     device = item_tokens_NI.device
-    batches = examples.batches(settings.global_batch_size, seed=seed, start=start)
+    batches = examples.batches(settings.global_batch_size, start=start, rank=rank, world_size=world_size)
     meter = Meter(settings.log_every_steps, start, settings.num_steps, device)
     # Apart from the meter's, so that neither a resumed run nor another log interval changes the curve.
     mean_loss, loss_sum, counted = math.nan, torch.zeros((), device=device), 0
     network.train()
     for step in range(start, settings.num_steps):
-        user, place = (column[rank::world_size] for column in next(batches))
-        history_BT, target_BI = examples.tokens(user, place, item_tokens_NI, vocabulary)
+        (batch,) = next(batches)
+        history_BT, target_BI = tokens_of(batch, item_tokens_NI, vocabulary)
         torch.manual_seed(
             hash((seed, step, rank)) % 2**63
         )  # dropout follows from the step, so resuming is exact
@@ -410,8 +308,13 @@ def _train_worker(config: dict[str, Any]) -> None:
     rank, world_size, device = this_worker(settings.training.cpus_per_worker)
     ids = load_semantic_ids(storage, config["semantic_ids"])
     vocabulary = Vocabulary(ids.level_sizes, settings.model.num_user_buckets)
-    examples = Examples.load(
-        storage, config["sequences"], settings.training.holdout, settings.model.max_history
+    examples = Examples.open(
+        storage,
+        config["sequences"],
+        holdout=settings.training.holdout,
+        max_history=settings.model.max_history,
+        events_in_memory=settings.training.events_in_memory,
+        seed=settings.seed,
     )
     if rank == 0:
         print(f"training on {len(examples):,} examples, workers: {world_size}", flush=True)

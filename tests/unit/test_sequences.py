@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tiger_ray import schemas
 from tiger_ray.config import EventsSettings, SequencesSettings
 from tiger_ray.hashing import shard_of, stable_hash
-from tiger_ray.sequences import histories_of, num_examples, prepare_events, training_lengths
+from tiger_ray.histories import num_examples, training_lengths
+from tiger_ray.sequences import histories_of, prepare_events
 
 ITEMS = ["i0", "i1", "i2", "i3", "i4"]
 TIES = [3, 0, 4, 1, 2]

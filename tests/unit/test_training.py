@@ -1,26 +1,21 @@
-"""Every example once per epoch, and a resumed or divided run that equals one that was neither."""
-
-from collections import Counter
-from itertools import islice
+"""A resumed or divided run equals one that was neither, and training learns."""
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tiger_ray.config import ModelSettings, TrainingSettings
 from tiger_ray.errors import ArtifactError, TigerError
+from tiger_ray.examples import Batch, Examples
 from tiger_ray.model import TigerModel
 from tiger_ray.tokens import Vocabulary
 from tiger_ray.training import (
-    BATCHES_PER_WINDOW,
-    Examples,
     fit,
     learning_rate,
     load_state,
     make_optimizer,
     save_state,
+    tokens_of,
     user_buckets,
 )
 
@@ -29,114 +24,29 @@ CODES_NI = np.array([[a, b, 0] for a in range(4) for b in range(3)], np.int16)  
 TINY = ModelSettings(num_layers=1, d_model=8, num_heads=2, d_kv=4, d_ff=16, dropout=0.1, max_history=4)
 
 
-def examples_of(histories, max_history=4):
+def examples_of(histories, max_history=4, seed=1):
     """Examples of users whose events are all visible."""
     lengths = np.array([len(history) for history in histories], np.int64)
     items = np.array([item for history in histories for item in history], np.int32)
-    return Examples(items, lengths, np.arange(len(histories), dtype=np.uint64) * np.uint64(7919), max_history)
-
-
-def shown(examples, user, place, vocabulary=VOCABULARY):
-    """(history items, next item) of each example, read back from the token ids that the model gets."""
-    item_tokens_NI = vocabulary.item_tokens(CODES_NI)
-    item_of = {tuple(tokens): item for item, tokens in enumerate(item_tokens_NI.tolist())}
-    history_BT, target_BI = examples.tokens(user, place, item_tokens_NI, vocabulary)
-    pairs = []
-    for tokens, target in zip(history_BT.tolist(), target_BI.tolist(), strict=True):
-        assert len(tokens) % vocabulary.id_length == 0
-        groups = [tuple(tokens[i : i + 3]) for i in range(0, len(tokens), 3)]
-        filled = [group for group in groups if group != (0, 0, 0)]
-        assert groups[: len(filled)] == filled  # padding comes last
-        pairs.append((tuple(item_of[group] for group in filled), item_of[tuple(target)]))
-    return pairs
-
-
-def loop_pairs(histories, max_history=4):
-    """The same by the definition: each event but a user's first, with the items before it."""
-    return [
-        (tuple(history[max(0, place - max_history) : place]), history[place])
-        for history in histories
-        for place in range(1, len(history))
-    ]
-
-
-many_histories = st.lists(st.lists(st.integers(0, 11), max_size=7), min_size=1, max_size=12).filter(
-    lambda histories: any(len(history) > 1 for history in histories)
-)
-
-
-@given(many_histories, st.integers(1, 4))
-@settings(max_examples=60, deadline=None)
-def test_examples_are_every_visible_event_with_the_items_before_it(histories, max_history):
-    examples = examples_of(histories, max_history)
-    expected = loop_pairs(histories, max_history)
-    assert len(examples) == len(expected)
-    assert shown(examples, *examples.locate(np.arange(len(examples)))) == expected
-
-
-def numbered(examples):
-    """Number of each (user, place)."""
-    return {
-        pair: i
-        for i, pair in enumerate(zip(*map(list, examples.locate(np.arange(len(examples)))), strict=True))
-    }
-
-
-@given(many_histories, st.integers(1, 5), st.integers(0, 3))
-@settings(max_examples=25, deadline=None)
-def test_each_epoch_shows_each_example_once(histories, batch_size, seed):
-    examples = examples_of(histories)
-    number = numbered(examples)
-    windows = 2
-    drawn = [
-        number[pair]
-        for user, place in islice(examples.batches(batch_size, seed=seed), windows * BATCHES_PER_WINDOW)
-        for pair in zip(user, place, strict=True)
-    ]
-    size = BATCHES_PER_WINDOW * batch_size
-    assert len(drawn) == windows * size
-    # Batches are shuffled within a window, so whole windows are compared: full epochs, and a part of the next.
-    for end in range(size, len(drawn) + 1, size):
-        counts = Counter(drawn[:end])
-        full = end // len(examples)
-        assert {counts[i] for i in range(len(examples))} <= {full, full + 1}
-
-
-def test_every_epoch_and_every_seed_has_an_order_of_its_own():
-    examples = examples_of([[0, 1]] * 40)  # of equal length, so that a batch of 40 is an epoch in its order
-    epochs = [user for user, _ in islice(examples.batches(40, seed=0), 8)]
-    other_seed = next(examples.batches(40, seed=1))[0]
-    assert all(sorted(user) == list(range(40)) for user in epochs)
-    assert len({tuple(user) for user in [*epochs, other_seed]}) == 9
-
-
-@pytest.mark.parametrize("start", [0, 1, 63, 64, 65, 200])
-def test_batches_from_a_step_on_are_those_of_a_run_that_got_there(start):
-    examples = examples_of([list(range(n % 7)) for n in range(40)])
-    whole = list(islice(examples.batches(8, seed=3), start + 70))[start:]
-    resumed = list(
-        islice(examples_of([list(range(n % 7)) for n in range(40)]).batches(8, seed=3, start=start), 70)
-    )
-    for (user, place), (user_again, place_again) in zip(whole, resumed, strict=True):
-        assert np.array_equal(user, user_again)
-        assert np.array_equal(place, place_again)
-
-
-def test_a_batch_holds_histories_of_about_one_length():
-    rng = np.random.default_rng(0)
-    examples = examples_of([rng.integers(0, 12, rng.integers(2, 30)).tolist() for _ in range(200)], 20)
-    spread = [np.ptp(np.minimum(place, 20)) for _, place in islice(examples.batches(16, seed=0), 64)]
-    assert np.mean(spread) < 1.5
+    hashes = np.arange(len(histories), dtype=np.uint64) * np.uint64(7919)
+    return Examples.of(items, lengths, hashes, max_history=max_history, seed=seed)
 
 
 def test_a_user_token_comes_first_and_is_the_users_own():
     vocabulary = Vocabulary((4, 4, 3), num_user_buckets=5)
-    examples = examples_of([[0, 1], [2, 3, 4]])
-    history_BT, _ = examples.tokens(
-        np.array([0, 1, 1]), np.array([1, 1, 2]), vocabulary.item_tokens(CODES_NI), vocabulary
+    item_tokens_NI = vocabulary.item_tokens(CODES_NI)
+    batch = Batch(
+        np.array([0, 2, 2, 3], np.int32),
+        np.array([1, 1, 2]),
+        np.array([0, 7919, 7919], np.uint64),
+        np.array([1, 3, 4], np.int32),
     )
+    history_BT, target_BI = tokens_of(batch, item_tokens_NI, vocabulary)
     bucket = [0 % 5, 7919 % 5, 7919 % 5]
     assert history_BT[:, 0].tolist() == [vocabulary.user_offset + b for b in bucket]
+    items = [[*item_tokens_NI[0], 0, 0, 0], [*item_tokens_NI[2], 0, 0, 0], item_tokens_NI[[2, 3]].flatten()]
+    assert history_BT[:, 1:].tolist() == [list(map(int, tokens)) for tokens in items]
+    assert torch.equal(target_BI, item_tokens_NI[[1, 3, 4]])
     assert user_buckets(np.array([2**64 - 1], np.uint64), vocabulary).tolist() == [(2**64 - 1) % 5]
 
 
@@ -240,7 +150,7 @@ def test_the_same_seed_gives_the_same_model_and_another_one_does_not():
         model, optimizer = fresh(settings)
         fit(
             model,
-            examples_of(HISTORIES),
+            examples_of(HISTORIES, seed=seed),
             VOCABULARY.item_tokens(CODES_NI),
             VOCABULARY,
             settings,
