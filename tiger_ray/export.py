@@ -130,11 +130,17 @@ allowed = lambda _, written: list(next_tokens[tuple(written.tolist())])
 $level
 history = list(items["item_id"][:3])  # oldest first
 read = [token for item in history[-$max_history:] for token in tokens[item]]$user
-written = model.generate(torch.tensor([read]), num_beams=10, num_return_sequences=10, $constraint)
+written = model.generate(
+    torch.tensor([read]),
+    num_beams=10,
+    num_return_sequences=10,
+    $constraint,
+)
 recommended = [item_of[tuple(row[1:])] for row in written.tolist()]
 """)
 
 LEVEL = Template('''
+
 class LevelSoftmax(LogitsProcessor):
     """Probabilities of this model are among the codewords of one level, ahead of the constraint."""
 
@@ -169,6 +175,7 @@ $snippet```
 
 - An item is $id_length tokens; the levels have $levels codewords. Token 0 is padding and starts the decoder.
 - A codeword's probability is among all tokens$among.
+- Histories of several users: 0 behind the shorter ones, and an `attention_mask` that leaves it out.
 - $user
 - `eligible`: might the item be recommended on $date? The others occur in histories only.
 
@@ -178,7 +185,7 @@ $metrics
 
 ## Data
 
-Digests are SHA-256 of content, by which the artifacts are found in their manifests.
+SHA-256 of the content of each artifact, as in the `inputs` of the manifests of tiger_ray.
 
 | | |
 |---|---|
