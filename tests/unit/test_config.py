@@ -233,6 +233,7 @@ OPERATIONAL = {
     "semantic_ids": {"min_usage", "min_perplexity", "max_disambiguated_share"},
     "training": {"num_workers", "cpus_per_worker", "use_gpu", "max_failures", "log_every_steps"},
     "decoding": {"num_workers", "cpus_per_worker", "use_gpu"},
+    "export": None,
     "serving": None,
 }
 
