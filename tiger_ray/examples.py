@@ -334,7 +334,6 @@ class Examples:
                 histories = reading.result()
                 reading = thread.submit(self._read, following.shards)
                 yield window, histories
-                del histories
                 window = following
 
 
