@@ -267,23 +267,40 @@ class TrainingSettings(Section):
 
     holdout: Literal["leave_one_out", "none"] = "leave_one_out"
     """Events hidden from training: each user's last two (validation, test), or none for a production refit."""
+    warm_start: bool = False
+    """Begin with the weights of the last model published before this night; refused if its ID space or its
+    shape is another."""
     num_steps: Count = 20_000
-    """Optimizer steps."""
+    """Optimizer steps at most."""
     global_batch_size: Count = 256
     """Examples per optimizer step over all workers."""
     events_in_memory: Count = 500_000_000
     """Events that each worker holds in memory, at 4 bytes each and 16 per user; longer logs are streamed, some
     user shards at a time, which also orders the examples in another way."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """Adafactor scales its steps by the size of the weights (the paper's is T5's, with a learning rate of 0.01)."""
     learning_rate: Positive = 1e-3
-    """Peak step size of AdamW."""
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.035
-    """AdamW weight decay."""
+    """Peak step size."""
+    schedule: Literal["cosine", "inverse_sqrt"] = "cosine"
+    """After the warm-up: a cosine to zero at the last step, or a fall with the square root of the step."""
     warmup_steps: CountOrZero = 500
-    """Steps of linear warm-up; cosine decay to zero afterwards."""
+    """Steps of linear warm-up."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.035
+    """Weight decay, of matrices only."""
     max_grad_norm: Positive = 1.0
     """Gradient clipping."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of each target's probability that is spread over all codewords."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of matrix products; weights and optimizer stay fp32."""
+    batch_tokens: Count | None = None
+    """Tokens that a worker computes at once, which sets memory; its share of a global batch is accumulated over
+    several such batches if it holds more; empty: 16,384 on a CPU and 262,144 on a GPU."""
+    validation_users: CountOrZero = 2000
+    """Users whose second to last event is ranked at each checkpoint (beam 20); the checkpoint of the best NDCG@10
+    becomes the model. 0, or `holdout` none: the last one does."""
+    patience: Count | None = None
+    """Stop after so many checkpoints without a better NDCG@10; empty: never."""
     checkpoint_every_steps: Count = 1000
     """Steps between checkpoints on storage; a killed run repeats at most so many."""
     num_workers: Count = operational(1)
@@ -429,10 +446,16 @@ class Settings(BaseSettings):
             )
         if self.embeddings.encoder == "catalog" and self.catalog.vector is None:
             raise ValueError("embeddings.encoder is 'catalog', so catalog.vector must name the vector column")
-        if self.training.global_batch_size % self.training.num_workers:
+        training = self.training
+        if training.global_batch_size < training.num_workers:
             raise ValueError(
-                f"training.global_batch_size {self.training.global_batch_size} must be a multiple of "
-                f"training.num_workers {self.training.num_workers}, or workers would weigh examples differently"
+                f"training.global_batch_size is {training.global_batch_size}, so that some of the "
+                f"{training.num_workers} workers of training.num_workers would have no example"
+            )
+        if training.patience and (not training.validation_users or training.holdout == "none"):
+            raise ValueError(
+                "training.patience waits for a better NDCG@10, which needs training.validation_users above 0 "
+                "and training.holdout 'leave_one_out'"
             )
         return self
 

@@ -25,7 +25,8 @@ from tiger_ray.registry import load_semantic_ids
 from tiger_ray.shards import map_shards
 from tiger_ray.stage import FORMAT_VERSIONS, Computed, StageResult, run_stage
 from tiger_ray.storage import FileEntry, Manifest, Run, Storage, fingerprint
-from tiger_ray.training import load_model, require_same_id_space, user_buckets
+from tiger_ray.tokens import user_buckets
+from tiger_ray.training import load_model, require_same_id_space
 
 GENERATED, FALLBACK = schemas.SOURCES
 

@@ -566,6 +566,14 @@ class Run:
         there = [entry for entry in entries if sizes.get(f"{self.artifact}/{entry.path}") == entry.bytes]
         return {entry.name: entry for entry in there}
 
+    def write_beside(self, folder: str, files: Mapping[str, bytes]) -> None:
+        """Write, or write again, files of another tool into a folder of this run; they are never published."""
+        _require_name("folder", folder)
+        for name, data in files.items():
+            _require_name("file", name)
+            key = f"{self.artifact}/_runs/{self.run_id}/{folder}/{name}"
+            self.storage._persist(partial(self.storage.store.put, key, data))
+
     def folder_uri(self, name: str) -> str:
         """Address of a folder of this run for a tool that writes by itself; the same for every attempt.
 

@@ -111,3 +111,8 @@ def pad_histories(token_EI: Tensor, lengths_B: Tensor, user_tokens_B: Tensor | N
     if user_tokens_B is None:
         return token_BT
     return torch.cat((user_tokens_B.to(device)[:, None], token_BT), dim=1)
+
+
+def user_buckets(user_hash_B: npt.NDArray[np.uint64], vocabulary: Vocabulary) -> npt.NDArray[np.int64]:
+    """Bucket of each user, (B,) int64. Source: paper section 4 (hashing trick for user ids)."""
+    return (user_hash_B % np.uint64(vocabulary.num_user_buckets)).astype(np.int64)

@@ -1,41 +1,50 @@
-"""Histories -> a checkpoint: the paper's sequence-to-sequence training, one loop, on Ray Train or without it.
+"""Histories -> a model: the paper's sequence-to-sequence training, by the workers of Ray Train.
 
 An example is a user's history cut before one of its events: the model reads the items before it and writes
-the Semantic ID of that item. Which examples make up step s follows from the seed and s alone (`examples`),
-so a resumed run continues exactly, and any number of workers sees the same global batches.
+the Semantic ID of that item. Which examples make up step s follows from the seed and s alone (`examples.py`),
+so a resumed run continues exactly, and any number of workers sees the same global batches. The loop itself
+is `optimization.fit`.
 
-B examples per step of one worker, T history tokens, I id_length.
+At each checkpoint the model ranks the event before the last of some users (`validation.py`); the best
+checkpoint becomes the model.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from datetime import date as calendar_date
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import safetensors.torch
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
 
-from tiger_ray.config import Settings, TrainingSettings
-from tiger_ray.errors import ArtifactError, DataError, TigerError
-from tiger_ray.examples import Batch, Examples
+from tiger_ray.beam_search import keep_freed_memory
+from tiger_ray.checkpoints import JUDGED_BY, Progress, load_state, save_state
+from tiger_ray.config import Settings
+from tiger_ray.errors import ArtifactError, DataError
+from tiger_ray.examples import Examples
 from tiger_ray.model import TigerModel
+from tiger_ray.optimization import fit, make_optimizer
 from tiger_ray.registry import id_space, load_semantic_ids, registry_of
 from tiger_ray.stage import Computed, StageResult, run_stage
 from tiger_ray.storage import Manifest, Run, Storage
-from tiger_ray.tokens import Vocabulary, pad_histories
+from tiger_ray.tokens import Vocabulary
+from tiger_ray.training_log import MLflow, TensorBoard, TrainingLog, measured_peak, wants_mlflow
+from tiger_ray.validation import Validation
 from tiger_ray.workers import run_workers, this_worker
 
 MODEL_FILES = ("model.safetensors", "config.json")
+
+BATCH_TOKENS = {"cpu": 16_384, "cuda": 262_144}
+"""Default of `training.batch_tokens`, by kind of device."""
+
+WARM_START_DAYS = 31
+"""How far back a model to start from is looked for."""
 
 
 def run(settings: Settings, storage: Storage, sequences: Manifest, semantic_ids: Manifest) -> StageResult:
@@ -43,14 +52,23 @@ def run(settings: Settings, storage: Storage, sequences: Manifest, semantic_ids:
 
     Raises:
         DataError: no user has two events that training may see.
+        ArtifactError: `training.warm_start` is on, and the last model is of another ID space or shape.
     """
+    inputs = {"sequences": sequences, "semantic_ids": registry_of(semantic_ids)}
+    if settings.training.warm_start:
+        last = last_model(storage, settings.date)
+        if last is None:
+            print(f"training.warm_start: no model of the last {WARM_START_DAYS} days, so from scratch")
+        else:
+            require_same_model(last, settings, semantic_ids)
+            inputs["warm_start"] = last
     return run_stage(
         storage,
         settings,
         "model",
-        inputs={"sequences": sequences, "semantic_ids": registry_of(semantic_ids)},
+        inputs=inputs,
         sections={"model": settings.model, "training": settings.training},
-        compute=lambda run: _compute(run, settings, storage, sequences, semantic_ids),
+        compute=lambda run: _compute(run, settings, storage, inputs, semantic_ids),
     )
 
 
@@ -77,202 +95,49 @@ def require_same_id_space(model: Manifest, semantic_ids: Manifest) -> None:
         )
 
 
-def tokens_of(batch: Batch, item_tokens_NI: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
-    """Token ids of histories, (B, T) int64, and of their next items, (B, I) int64."""
-    user_tokens = None
-    if vocabulary.num_user_buckets:
-        user_tokens = torch.from_numpy(user_buckets(batch.user_hash_B, vocabulary) + vocabulary.user_offset)
-    read, target = (
-        item_tokens_NI[torch.from_numpy(items.astype(np.int64)).to(item_tokens_NI.device)]
-        for items in (batch.item_E, batch.target_B)
+def last_model(storage: Storage, date: str) -> Manifest | None:
+    """The last model published for a date before this one, at most `WARM_START_DAYS` before."""
+    tonight = calendar_date.fromisoformat(date)
+    for days in range(1, WARM_START_DAYS + 1):
+        published = storage.published("model", (tonight - timedelta(days)).isoformat())
+        if published is not None:
+            return published
+    return None
+
+
+def require_same_model(last: Manifest, settings: Settings, semantic_ids: Manifest) -> None:
+    """Refuse to start from a model whose weights mean something else.
+
+    Raises:
+        ArtifactError: it is of another ID space or another shape; names both.
+    """
+    advice = (
+        "Set training.warm_start to false for this night, with training.num_steps for a training from scratch"
     )
-    return pad_histories(read, torch.from_numpy(batch.lengths_B), user_tokens), target
-
-
-def user_buckets(user_hash: npt.NDArray[np.uint64], vocabulary: Vocabulary) -> npt.NDArray[np.int64]:
-    """Bucket of each user, (B,) int64. Source: paper section 4 (hashing trick for user ids)."""
-    return (user_hash % np.uint64(vocabulary.num_user_buckets)).astype(np.int64)
-
-
-def fit(
-    network: nn.Module,
-    examples: Examples,
-    item_tokens_NI: Tensor,
-    vocabulary: Vocabulary,
-    settings: TrainingSettings,
-    optimizer: torch.optim.Optimizer,
-    *,
-    seed: int,
-    rank: int = 0,
-    world_size: int = 1,
-    start: int = 0,
-    checkpoint: Callable[[int, float], None] = lambda step, loss: None,
-) -> float:
-    """One worker's training loop, from step `start` to `settings.num_steps`.
-
-    Args:
-        network: the model, wrapped for DDP where there are several workers.
-        examples: of all users; this worker takes every `world_size`-th of each global batch.
-        item_tokens_NI: token ids by item_index, (N, I) int64, on the device of the network.
-        vocabulary: of the model.
-        settings: batch size, schedule, precision.
-        optimizer: over the parameters of the network, continued if `start` is not 0.
-        seed: of dropout.
-        rank: of this worker.
-        world_size: workers in all.
-        start: steps done already.
-        checkpoint: called with steps done and the mean loss since the last call, every
-            `checkpoint_every_steps` and at the end.
-
-    Returns:
-        The mean loss that the last checkpoint got.
-
-    Raises:
-        TigerError: the loss is not finite; the last checkpoint is still good.
-    """
-    device = item_tokens_NI.device
-    batches = examples.batches(settings.global_batch_size, start=start, rank=rank, world_size=world_size)
-    meter = Meter(settings.log_every_steps, start, settings.num_steps, device)
-    # Apart from the meter's, so that neither a resumed run nor another log interval changes the curve.
-    mean_loss, loss_sum, counted = math.nan, torch.zeros((), device=device), 0
-    network.train()
-    for step in range(start, settings.num_steps):
-        (batch,) = next(batches)
-        history_BT, target_BI = tokens_of(batch, item_tokens_NI, vocabulary)
-        torch.manual_seed(
-            hash((seed, step, rank)) % 2**63
-        )  # dropout follows from the step, so resuming is exact
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            loss = network(history_BT, target_BI).mean()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm)
-        optimizer.step()
-        meter.add(step, loss.detach(), history_BT, show=rank == 0)
-        loss_sum += loss.detach()
-        counted += 1
-        if (step + 1) % settings.checkpoint_every_steps == 0 or step + 1 == settings.num_steps:
-            mean_loss = mean_over_workers(loss_sum, counted, step)
-            checkpoint(step + 1, mean_loss)
-            loss_sum, counted = torch.zeros_like(loss_sum), 0
-    return mean_loss
-
-
-def learning_rate(step: int, settings: TrainingSettings) -> float:
-    """Linear warm-up, then a cosine to zero at the last step."""
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    progress = (step - settings.warmup_steps) / max(1, settings.num_steps - settings.warmup_steps)
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def make_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
-    """AdamW; norms, which only scale, are not decayed."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    scales = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": scales, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
-
-
-class Meter:
-    """Running loss and speed, printed now and then."""
-
-    def __init__(self, every: int, start: int, num_steps: int, device: torch.device) -> None:
-        self._every, self._num_steps = every, num_steps
-        self._loss = torch.zeros((), device=device)
-        self._steps = self._examples = self._tokens = self._padded = 0
-        self._since = time.monotonic()
-
-    def add(self, step: int, loss: Tensor, history_BT: Tensor, *, show: bool) -> None:
-        """Count one step; every so many steps, print and start again."""
-        self._loss += loss
-        self._steps += 1
-        self._examples += len(history_BT)
-        self._tokens += int((history_BT != 0).sum()) if not history_BT.is_cuda else 0
-        self._padded += history_BT.numel()
-        if self._steps < self._every and step + 1 < self._num_steps:
-            return
-        mean, seconds = mean_over_workers(self._loss, self._steps, step), time.monotonic() - self._since
-        if show:
-            padding = f"  padding {1 - self._tokens / self._padded:.0%}" if self._tokens else ""
-            rate = self._examples / seconds
-            print(
-                f"step {step + 1:,}/{self._num_steps:,}  loss {mean:.4f}  {rate:,.0f} examples/s per worker{padding}",
-                flush=True,
-            )
-        self._loss.zero_()
-        self._steps = self._examples = self._tokens = self._padded = 0
-        self._since = time.monotonic()
-
-
-def mean_over_workers(loss_sum: Tensor, steps: int, step: int) -> float:
-    """Mean loss of the last `steps` steps, over all workers.
-
-    Raises:
-        TigerError: it is not finite.
-    """
-    total = torch.stack([loss_sum, torch.full_like(loss_sum, steps)])
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    mean = float(total[0] / total[1])
-    if not math.isfinite(mean):
-        raise TigerError(
-            f"the training loss became {mean} at or before step {step + 1}; the last checkpoint is good. "
-            "Lower training.learning_rate, or try training.precision fp32"
+    if last.metadata["space"] != id_space(semantic_ids):
+        raise ArtifactError(
+            f"training.warm_start: the model of {last.date} writes Semantic IDs of ID space "
+            f"{last.metadata['space']}, tonight's are of {id_space(semantic_ids)}. {advice}"
         )
-    return mean
-
-
-def save_state(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, curve: list[Any]
-) -> None:
-    """Everything a resumed run needs, as safetensors and JSON."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        tensors[f"model.{name}"] = parameter.detach()
-        tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    (folder / "state.safetensors").write_bytes(safetensors.torch.save(tensors))
-    (folder / "state.json").write_text(json.dumps({"step": step, "curve": curve}))
-
-
-def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[Any]]:
-    """Put a saved state into model and optimizer; returns steps done and the loss curve.
-
-    Raises:
-        ArtifactError: the state is of another model.
-    """
-    tensors = safetensors.torch.load((folder / "state.safetensors").read_bytes())
-    state = json.loads((folder / "state.json").read_text())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            saved = tensors.get(f"model.{name}")
-            if saved is None or saved.shape != parameter.shape:
-                found = "is missing" if saved is None else f"has shape {tuple(saved.shape)}"
-                raise ArtifactError(
-                    f"checkpoint tensor {name} {found}; this model wants {tuple(parameter.shape)}"
-                )
-            parameter.copy_(saved)
-            prefix = f"optimizer.{name}."
-            slots = {
-                key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
-            }
-            # The step count too: a fused optimizer reads it on the device of the parameter.
-            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in slots.items()}
-    return int(state["step"]), list(state["curve"])
+    before, now = last.settings["model"], settings.model.model_dump(mode="json")
+    shape = {name: value for name, value in now.items() if name not in ("dropout", "max_history")}
+    changed = [
+        f"model.{name} {before.get(name)!r} -> {shape[name]!r}"
+        for name in shape
+        if before.get(name) != shape[name]
+    ]
+    if changed:
+        raise ArtifactError(
+            f"training.warm_start: the model of {last.date} has another shape ({', '.join(changed)}). {advice}"
+        )
 
 
 def _compute(
-    run: Run, settings: Settings, storage: Storage, sequences: Manifest, semantic_ids: Manifest
+    run: Run, settings: Settings, storage: Storage, inputs: Mapping[str, Manifest], semantic_ids: Manifest
 ) -> Computed:
+    training, sequences = settings.training, inputs["sequences"]
     done = run.finished()
     if not all(name in done for name in (*MODEL_FILES, "curve.json")):
-        training = settings.training
         if not sequences.metadata[f"examples_{training.holdout}"]:
             raise DataError(
                 f"no training example: none of {sequences.metadata['users']:,} users has two events that "
@@ -283,18 +148,23 @@ def _compute(
             "storage": storage,
             "sequences": sequences,
             "semantic_ids": semantic_ids,
+            "warm_start": inputs.get("warm_start"),
         }
         run_workers(_train_worker, arguments, run=run, date=settings.date, settings=training)
         done = run.finished()
     curve = json.loads(run.read_file(done["curve.json"]))
-    final = curve[-1]
+    chosen = curve["chosen"]
+    summary = f"{chosen['step']:,} steps of {training.global_batch_size}, loss {chosen['loss']:.3f}"
+    if JUDGED_BY in chosen:
+        summary += f", validation {JUDGED_BY} {chosen[JUDGED_BY]:.4f}, the best of {len(curve['points'])}"
+    if "warm_start" in inputs:
+        summary += f", begun with the model of {inputs['warm_start'].date}"
     return [done[name] for name in (*MODEL_FILES, "curve.json")], {
-        "summary": f"{final['step']:,} steps of {settings.training.global_batch_size}, loss {final['loss']:.3f}, "
-        f"holdout {settings.training.holdout}",
+        "summary": f"{summary}, holdout {training.holdout}",
         "space": id_space(semantic_ids),
         "level_sizes": semantic_ids.metadata["level_sizes"],
-        "holdout": settings.training.holdout,
-        "loss": final["loss"],
+        "holdout": training.holdout,
+        **chosen,
     }
 
 
@@ -305,54 +175,96 @@ def _train_worker(config: dict[str, Any]) -> None:
 
     logging.disable(logging.INFO)  # Ray Train logs each report of each worker
     run, settings, storage = config["run"], config["settings"], config["storage"]
-    rank, world_size, device = this_worker(settings.training.cpus_per_worker)
+    sequences, training = config["sequences"], settings.training
+    rank, world_size, device = this_worker(training.cpus_per_worker)
+    is_first = rank == 0
+    if device.type == "cpu":
+        keep_freed_memory()
     ids = load_semantic_ids(storage, config["semantic_ids"])
     vocabulary = Vocabulary(ids.level_sizes, settings.model.num_user_buckets)
     examples = Examples.open(
         storage,
-        config["sequences"],
-        holdout=settings.training.holdout,
+        sequences,
+        holdout=training.holdout,
         max_history=settings.model.max_history,
-        events_in_memory=settings.training.events_in_memory,
+        events_in_memory=training.events_in_memory,
         seed=settings.seed,
     )
-    if rank == 0:
-        print(f"training on {len(examples):,} examples, workers: {world_size}", flush=True)
     torch.manual_seed(settings.seed)
-    model = TigerModel(settings.model, vocabulary).to(device)
-    optimizer = make_optimizer(model, settings.training)
-    start, curve = 0, list[Any]()
+    model = TigerModel(settings.model, vocabulary)
+    if config["warm_start"] is not None:
+        model = load_model(storage, config["warm_start"], config["semantic_ids"])
+    model = model.to(device)
+    optimizer = make_optimizer(model, training)
+    progress = Progress()
     resumed = ray.train.get_checkpoint()
     if resumed is not None:
         with resumed.as_directory() as folder:
-            start, curve = load_state(Path(folder), model, optimizer)
-        print(f"training resumes at step {start:,}", flush=True)
-    network = ray.train.torch.prepare_model(model)
+            progress = load_state(Path(folder), model, optimizer)
+    if is_first:
+        begins = f"resumes at step {progress.step:,}" if progress.step else "begins"
+        print(f"training {begins}: {len(examples):,} examples, workers: {world_size}", flush=True)
+    validate: Callable[[], Mapping[str, float]] = dict
+    if training.validation_users and training.holdout != "none":
+        validation = Validation.load(
+            storage,
+            sequences,
+            training.validation_users,
+            codes_NI=ids.codes_NI,
+            eligible_N=ids.eligible_N,
+            precision=training.precision,
+            rank=rank,
+            world_size=world_size,
+        )
+        validate = partial(validation.metrics, model, device)
+    sinks: list[Any] = []
+    if is_first:
+        sinks.append(TensorBoard(progress.step))
+        if wants_mlflow():
+            sections = {name: settings.resolved()[name] for name in ("model", "training")}
+            sinks.append(MLflow(f"{settings.date} {run.run_id}", sections))
 
-    def checkpoint(step: int, loss: float) -> None:
-        curve.append({"step": step, "loss": loss})
+    def save(progress: Progress) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            if rank == 0:
-                save_state(Path(folder), model, optimizer, step, curve)
-            ray.train.report(
-                {"step": step, "loss": loss},
-                checkpoint=ray.train.Checkpoint.from_directory(folder) if rank == 0 else None,
-            )
+            if is_first:
+                run.write_beside("tensorboard", sinks[0].files())
+                save_state(Path(folder), model, optimizer, progress)
+            checkpoint = ray.train.Checkpoint.from_directory(folder) if is_first else None
+            ray.train.report(progress.curve[-1], checkpoint=checkpoint)
 
     fit(
-        network,
-        examples,
-        vocabulary.item_tokens(ids.codes_NI).to(device),
-        vocabulary,
-        settings.training,
+        ray.train.torch.prepare_model(model),
         optimizer,
+        examples.batches(
+            training.global_batch_size,
+            start=progress.step,
+            rank=rank,
+            world_size=world_size,
+            batch_tokens=training.batch_tokens or BATCH_TOKENS[device.type],
+            id_length=vocabulary.id_length,
+            user_token=vocabulary.num_user_buckets > 0,
+        ),
+        vocabulary.item_tokens(ids.codes_NI).to(device),
+        training,
+        progress,
+        TrainingLog(
+            training.log_every_steps,
+            training.num_steps,
+            model,
+            measured_peak(device, torch.bfloat16 if training.precision == "bf16" else torch.float32),
+            sinks,
+        ),
         seed=settings.seed,
         rank=rank,
         world_size=world_size,
-        start=start,
-        checkpoint=checkpoint,
+        validate=validate,
+        save=save,
     )
-    if rank == 0:
+    if is_first:
+        with torch.no_grad():
+            for name, weight in progress.best.items():
+                model.get_parameter(name).copy_(weight)
         for name, data in model.to_files().items():
             run.write_file(name, data)
+        curve = {"points": progress.curve, "chosen": progress.chosen}
         run.write_file("curve.json", json.dumps(curve).encode())

@@ -126,9 +126,14 @@ def test_a_date_that_is_no_day_is_refused(night):
         ),
         ("embeddings: {encoder: catalog}\n", r"catalog\.vector must name the vector column"),
         (
-            "training: {global_batch_size: 10, num_workers: 4}\n",
-            r"global_batch_size 10 must be a multiple of training\.num_workers 4",
+            "training: {global_batch_size: 3, num_workers: 4}\n",
+            r"global_batch_size is 3, so that some of the 4 workers of training\.num_workers would have no",
         ),
+        (
+            "training: {patience: 3, holdout: none}\n",
+            r"patience waits for a better NDCG@10, which needs training\.validation_users above 0 and training\.hol",
+        ),
+        ("training: {patience: 3, validation_users: 0}\n", r"training\.validation_users above 0"),
         (
             "events: {uri: /e, event_type: kind}\n",
             r"events\.event_type and events\.event_types must be given together",

@@ -1,0 +1,66 @@
+"""A checkpoint gives back what was saved, and refuses what is another model's."""
+
+import pytest
+import torch
+
+from tiger_ray.checkpoints import Progress, load_state, save_state
+from tiger_ray.config import ModelSettings, TrainingSettings
+from tiger_ray.errors import ArtifactError
+from tiger_ray.model import TigerModel
+from tiger_ray.optimization import make_optimizer
+from tiger_ray.tokens import Vocabulary
+
+VOCABULARY = Vocabulary((4, 4, 3))
+TINY = {"num_layers": 1, "d_model": 8, "num_heads": 2, "d_kv": 4, "d_ff": 16}
+
+
+def model_and_optimizer(**changed):
+    model = TigerModel(ModelSettings(**(TINY | changed)), VOCABULARY)
+    return model, make_optimizer(model, TrainingSettings())
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Folder of a checkpoint after one step."""
+    model, optimizer = model_and_optimizer()
+    model(torch.ones(1, 3, dtype=torch.int64), torch.tensor([[1, 5, 9]])).sum().backward()
+    optimizer.step()
+    progress = Progress()
+    progress.add(1, 2.5, {"ndcg@10": 0.25}, model)
+    save_state(tmp_path, model, optimizer, progress)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"d_ff": 32}, r"checkpoint tensor .*has shape \(.*\); this model wants \(.*32"),
+        ({"num_layers": 2}, r"checkpoint tensor .*is missing"),
+    ],
+)
+def test_a_state_of_another_shape_is_refused(saved, changed, message):
+    with pytest.raises(ArtifactError, match=message):
+        load_state(saved, *model_and_optimizer(**changed))
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_state_is_refused(saved, name, damage):
+    file = saved / name
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-7])
+    else:
+        file.unlink()
+    with pytest.raises(ArtifactError, match=r"checkpoint in .* is damaged"):
+        load_state(saved, *model_and_optimizer())
+
+
+def test_a_tie_keeps_the_earlier_checkpoint_and_patience_counts_from_it():
+    model, _ = model_and_optimizer()
+    progress = Progress()
+    for step, ndcg in enumerate((0.2, 0.2, 0.1), start=1):
+        progress.add(step, 1.0, {"ndcg@10": ndcg}, model)
+    assert progress.chosen["step"] == 1
+    assert progress.is_stale(2)
+    assert not progress.is_stale(3)
+    assert not progress.is_stale(None)

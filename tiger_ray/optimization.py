@@ -1,0 +1,129 @@
+"""The training loop: batches of examples to weights, on one worker or on one of many.
+
+No Ray here: `training.py` starts the workers, and a bare machine with a GPU can call `fit` itself.
+
+B examples of one batch, T history tokens, I id_length, N items.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tiger_ray.checkpoints import Progress
+from tiger_ray.config import TrainingSettings
+from tiger_ray.examples import Batch
+from tiger_ray.model import TigerModel
+from tiger_ray.tokens import Vocabulary, pad_histories, user_buckets
+from tiger_ray.training_log import LossWindow, TrainingLog
+
+
+def fit(
+    network: TigerModel | DistributedDataParallel,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[Sequence[Batch]],
+    item_tokens_NI: Tensor,
+    settings: TrainingSettings,
+    progress: Progress,
+    log: TrainingLog,
+    *,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    validate: Callable[[], Mapping[str, float]] = dict,
+    save: Callable[[Progress], None] = lambda progress: None,
+) -> None:
+    """One worker's training loop, from `progress.step` to the last step or the end of patience.
+
+    Args:
+        network: the model, wrapped for DDP where there are several workers.
+        optimizer: over the parameters of the network, as it was at `progress.step`.
+        batches: this worker's share of each step from `progress.step` on, in one or several parts.
+        item_tokens_NI: token ids by item_index, (N, I) int64, on the device of the network.
+        settings: schedule, precision, batch size over all workers.
+        progress: what is done; brought up to date at each checkpoint.
+        log: gets every step.
+        seed: of dropout.
+        rank: of this worker.
+        world_size: workers in all.
+        validate: metrics of the model as it is, the same on all workers.
+        save: called at each checkpoint, every `checkpoint_every_steps` and at the end.
+
+    Raises:
+        TigerError: the loss is not finite; the last checkpoint is still good.
+    """
+    if progress.is_stale(settings.patience):
+        return
+    model: TigerModel = network if isinstance(network, TigerModel) else network.module
+    device, loss_window = item_tokens_NI.device, LossWindow(item_tokens_NI.device)
+    # DDP averages over workers, whose shares may differ by one example
+    scale = world_size / (settings.global_batch_size * model.vocabulary.id_length)
+    network.train()
+    for step in range(progress.step, settings.num_steps):
+        # dropout follows from the step, so resuming is exact
+        torch.manual_seed(hash((seed, step, rank)) % 2**63)
+        parts = next(batches)
+        for left, batch in enumerate(parts, 1 - len(parts)):
+            history_BT, target_BI = tokens_of(batch, item_tokens_NI, model.vocabulary)
+            with (
+                network.no_sync() if left and isinstance(network, DistributedDataParallel) else nullcontext()
+            ):
+                with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                    loss_BI = network(history_BT, target_BI, settings.label_smoothing)
+                (loss_BI.sum() * scale).backward()
+            loss_window.add(step, loss_BI)
+            log.add_batch(step, loss_BI, batch.lengths_B, history_BT.numel())
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, settings)
+        nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        log.end_step(step, learning_rate(step, settings))
+        if (step + 1) % settings.checkpoint_every_steps == 0 or step + 1 == settings.num_steps:
+            with log.paused():
+                progress.add(step + 1, loss_window.mean(), validate(), model)
+                log.add_checkpoint(progress.curve[-1])
+                save(progress)
+            if progress.is_stale(settings.patience):
+                break
+
+
+def tokens_of(batch: Batch, item_tokens_NI: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
+    """Token ids of histories, (B, T) int64, and of their next items, (B, I) int64."""
+    user_tokens = None
+    if vocabulary.num_user_buckets:
+        user_tokens = torch.from_numpy(user_buckets(batch.user_hash_B, vocabulary) + vocabulary.user_offset)
+    read, target = (
+        item_tokens_NI[torch.from_numpy(items).to(item_tokens_NI.device, torch.int64)]
+        for items in (batch.item_E, batch.target_B)
+    )
+    return pad_histories(read, torch.from_numpy(batch.lengths_B), user_tokens), target
+
+
+def learning_rate(step: int, settings: TrainingSettings) -> float:
+    """Linear warm-up to the peak; then a cosine to zero at the last step, or the peak times the root of
+    warm-up steps over steps (source: Vaswani et al. 2017, section 5.3; the paper's own schedule is constant
+    where this one warms up)."""
+    warmup = settings.warmup_steps
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    if settings.schedule == "inverse_sqrt":
+        return settings.learning_rate * math.sqrt(max(warmup, 1) / (step + 1))
+    progress = (step - warmup) / max(1, settings.num_steps - warmup)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
+    """AdamW or Adafactor; norms, which only scale, are not decayed."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if settings.optimizer == "adafactor":
+        return torch.optim.Adafactor(groups, lr=settings.learning_rate)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
