@@ -196,21 +196,25 @@ def training_operations(model: TigerModel, tokens_B: npt.NDArray[np.int64]) -> f
 
 
 class TensorBoard:
-    """Event files, local until somebody copies them."""
+    """An event file, local until somebody copies it."""
 
     def __init__(self, start: int) -> None:
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
 
         self._folder = tempfile.TemporaryDirectory()
-        self._writer = SummaryWriter(self._folder.name, filename_suffix=f".from-step-{start}")
+        # not SummaryWriter, which writes in a thread of its own and does not say when it is done
+        self._writer = EventsWriter(f"{self._folder.name}/events", filename_suffix=f".from-step-{start}")
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
         """Take the values of one step, by name."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            self._writer.write_event(Event(step=step, wall_time=time.time(), summary=scalar(name, value)))
 
     def files(self) -> dict[str, bytes]:
-        """The event files so far, by name."""
+        """The file so far, by name."""
         self._writer.flush()
         return {path.name: path.read_bytes() for path in Path(self._folder.name).iterdir()}
 

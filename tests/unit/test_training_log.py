@@ -1,0 +1,120 @@
+"""What is shown of a run is what happened, and no tracking server can end a night."""
+
+import struct
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from tiger_ray.config import ModelSettings
+from tiger_ray.errors import SettingsError, TigerError
+from tiger_ray.model import TigerModel
+from tiger_ray.tokens import Vocabulary
+from tiger_ray.training_log import LossWindow, MLflow, TensorBoard, TrainingLog
+
+TINY = ModelSettings(num_layers=1, d_model=8, num_heads=2, d_kv=4, d_ff=16, num_user_buckets=3)
+
+
+def test_a_window_is_the_mean_over_codewords_of_batches_of_any_size():
+    window = LossWindow(torch.device("cpu"))
+    window.add(0, torch.full((3, 4), 2.0))
+    window.add(1, torch.full((1, 4), 6.0))
+    assert window.mean() == pytest.approx((3 * 2 + 6) / 4)
+    window.add(2, torch.full((2, 4), 5.0))
+    assert window.mean() == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_the_first_step_that_was_not_finite_is_named(bad):
+    window = LossWindow(torch.device("cpu"))
+    for step, loss in enumerate((1.0, bad, bad, 1.0), start=10):
+        window.add(step, torch.full((2, 3), loss))
+    with pytest.raises(TigerError, match=r"not a finite number at step 12;"):
+        window.mean()
+
+
+def test_lines_count_examples_tokens_and_padding_of_their_steps(capsys):
+    seen = []
+    model = TigerModel(TINY, Vocabulary((4, 4, 3), num_user_buckets=3))
+    log = TrainingLog(2, 3, model, peak=1e12, sinks=[lambda step, values: seen.append((step, values))])
+    for step in range(3):
+        # histories of 1 and 2 items: 4 and 7 tokens with the user's, padded to 7
+        log.add_batch(step, torch.full((2, 3), float(step)), np.array([1, 2]), 14)
+        with log.paused():
+            time.sleep(0.02)
+        log.end_step(step, 0.5)
+    (first, one), (second, two) = seen
+    assert (first, second) == (2, 3)
+    assert one["training/loss"] == pytest.approx(0.5)
+    assert two["training/loss"] == pytest.approx(2.0)
+    assert one["training/padding_share"] == pytest.approx(3 / 14)
+    assert one["training/learning_rate"] == 0.5
+    assert one["training/tokens_per_s"] / one["training/examples_per_s"] == pytest.approx(11 / 2)
+    assert one["training/peak_share"] == pytest.approx(one["training/operations_per_s"] / 1e12)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("step 2/3  loss 0.5000  learning rate 5.0e-01  ")
+    assert "padding 21%" in lines[0]
+
+
+def test_pauses_do_not_count_as_training():
+    seen = []
+    model = TigerModel(TINY, Vocabulary((4, 4, 3), num_user_buckets=3))
+    log = TrainingLog(1, 9, model, sinks=[lambda step, values: seen.append(values)])
+    with log.paused():
+        time.sleep(1.0)
+    log.add_batch(0, torch.ones(2, 3), np.array([1, 1]), 8)
+    log.end_step(0, 0.1)
+    assert seen[0]["training/examples_per_s"] > 2 / 0.9  # with the pause it would be less than 2
+
+
+def test_tensorboard_files_hold_the_numbers_of_each_step():
+    from tensorboardX.proto.event_pb2 import Event
+
+    board = TensorBoard(start=40)
+    board(41, {"training/loss": 2.5, "training/learning_rate": 0.25})
+    board(42, {"training/loss": 1.5})
+    ((name, data),) = board.files().items()
+    assert name.endswith(".from-step-40")
+    found = []
+    while data:  # TFRecord: length, its checksum, the event, its checksum
+        (length,) = struct.unpack_from("<Q", data)
+        event = Event.FromString(data[12 : 12 + length])
+        found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+        data = data[16 + length :]
+    assert found == [
+        (41, "training/loss", 2.5),
+        (41, "training/learning_rate", 0.25),
+        (42, "training/loss", 1.5),
+    ]
+
+
+def test_mlflow_gets_settings_and_numbers(tmp_path, monkeypatch):
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "runs").as_uri())
+    sink = MLflow("2026-11-24 abc", {"model": {"d_model": 8}})
+    sink(1, {"training/loss": 2.5})
+    sink(2, {"training/loss": 1.5})
+    mlflow.end_run()
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("tiger_ray").experiment_id])
+    assert run.data.params == {"model.d_model": "8"}
+    history = client.get_metric_history(run.info.run_id, "training/loss")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 2.5), (2, 1.5)]
+
+
+def test_a_tracking_server_that_is_away_is_reported_once_and_training_goes_on(monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    sink = MLflow("2026-11-24 abc", {"model": {"d_model": 8}})
+    sink(1, {"training/loss": 2.5})
+    assert capsys.readouterr().out.count("MLflow gets nothing more of this run") == 1
+
+
+def test_mlflow_asked_for_but_not_installed_is_a_settings_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(SettingsError, match=r"MLFLOW_TRACKING_URI is set, but .* mlflow-skinny"):
+        MLflow("name", {})
