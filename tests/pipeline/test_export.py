@@ -28,8 +28,8 @@ from tiger_ray.hashing import stable_hash
 from tiger_ray.model import TigerModel
 from tiger_ray.registry import load_semantic_ids
 from tiger_ray.storage import Manifest, Storage
-from tiger_ray.tokens import PAD, Vocabulary
-from tiger_ray.training import load_model, user_buckets
+from tiger_ray.tokens import PAD, Vocabulary, user_buckets
+from tiger_ray.training import load_model
 
 REPOSITORY = Path(__file__).parents[2]
 STRING = pa.string()
