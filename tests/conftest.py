@@ -2,7 +2,7 @@
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import boto3
@@ -11,13 +11,48 @@ import pytest
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 
+class S3Faults:
+    """Stands before the S3 server and refuses what a test tells it to."""
+
+    def __init__(self) -> None:
+        self.answers: Callable[[str, str], tuple[int, str] | None] = lambda method, path: None
+        """(method, path) -> HTTP status and error code; None lets the request pass."""
+
+    def before(self, server: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
+        def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+            refusal = self.answers(environ["REQUEST_METHOD"], environ["PATH_INFO"])
+            if refusal is None:
+                return server(environ, start_response)
+            status, code = refusal
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            start_response(f"{status} {code}", [("Content-Type", "application/xml")])
+            return [f"<Error><Code>{code}</Code><Message>so says the test</Message></Error>".encode()]
+
+        return answer
+
+
 @pytest.fixture(scope="session")
-def s3_endpoint() -> Iterator[str]:
+def all_s3_faults() -> S3Faults:
+    return S3Faults()
+
+
+@pytest.fixture
+def s3_faults(all_s3_faults: S3Faults) -> Iterator[S3Faults]:
+    """Refusals for the time of one test."""
+    well = all_s3_faults.answers
+    yield all_s3_faults
+    all_s3_faults.answers = well
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint(all_s3_faults: S3Faults) -> Iterator[str]:
     """An S3 server of this test session; child processes find it through the environment."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    assert server._server is not None
+    server._server.app = all_s3_faults.before(server._server.app)
     host, port = server.get_host_and_port()
     endpoint = f"http://{host}:{port}"
     variables = {

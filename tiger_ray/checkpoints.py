@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import safetensors
 import safetensors.torch
@@ -17,7 +16,8 @@ from tiger_ray.errors import ArtifactError
 JUDGED_BY = "ndcg@10"
 """The validation metric that decides which checkpoint becomes the model."""
 
-STATE_FILES = ("state.safetensors", "state.json")
+STATE_FILE = "state.safetensors"
+"""Name of a checkpoint on storage: one object, so that writing it again replaces all of it or nothing."""
 
 
 @dataclass
@@ -53,29 +53,31 @@ class Progress:
         return self.curve.index(self.chosen) < len(self.curve) - patience
 
 
-def save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-    """Write everything a resumed run needs, as safetensors and JSON."""
+def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> bytes:
+    """Everything a resumed run needs, as a safetensors file with the curve in its header."""
     tensors = {f"best.{name}": weight for name, weight in progress.best.items()}
     for name, parameter in model.named_parameters():
         tensors[f"model.{name}"] = parameter.detach()
         tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    (folder / "state.safetensors").write_bytes(safetensors.torch.save(tensors))
-    (folder / "state.json").write_text(json.dumps({"step": progress.step, "curve": progress.curve}))
+    state = {"step": progress.step, "curve": progress.curve}
+    return safetensors.torch.save(tensors, metadata={"progress": json.dumps(state)})
 
 
-def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+def load_state(data: bytes, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
     """Put a saved state into model and optimizer.
 
     Raises:
         ArtifactError: the state is damaged, or of another model.
     """
     try:
-        tensors = safetensors.torch.load((folder / "state.safetensors").read_bytes())
-        state = json.loads((folder / "state.json").read_text())
+        tensors = safetensors.torch.load(data)
+        # the format: length of the header in 8 bytes, then the header, of which torch.load shows no metadata
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        state = json.loads(header["__metadata__"]["progress"])
         progress = Progress(int(state["step"]), list(state["curve"]))
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise ArtifactError(f"the checkpoint in {folder} is damaged: {error!r}") from error
+    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise ArtifactError(f"the checkpoint is damaged: {error!r}") from error
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             saved = tensors.get(f"model.{name}")

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tiger_ray.checkpoints import Progress
 from tiger_ray.config import TrainingSettings
+from tiger_ray.errors import TigerError
 from tiger_ray.examples import Batch
 from tiger_ray.model import TigerModel
 from tiger_ray.tokens import Vocabulary, pad_histories, user_buckets
@@ -55,7 +56,7 @@ def fit(
         save: called at each checkpoint, every `checkpoint_every_steps` and at the end.
 
     Raises:
-        TigerError: the loss is not finite; the last checkpoint is still good.
+        TigerError: the loss or a weight is not finite; the last checkpoint is still good.
     """
     if progress.is_stale(settings.patience):
         return
@@ -86,11 +87,26 @@ def fit(
         log.end_step(step, learning_rate(step, settings))
         if (step + 1) % settings.checkpoint_every_steps == 0 or step + 1 == settings.num_steps:
             with log.paused():
-                progress.add(step + 1, loss_window.mean(), validate(), model)
+                loss = loss_window.mean()
+                require_finite(model, step + 1)
+                progress.add(step + 1, loss, validate(), model)
                 log.add_checkpoint(progress.curve[-1])
                 save(progress)
             if progress.is_stale(settings.patience):
                 break
+
+
+def require_finite(model: nn.Module, step: int) -> None:
+    """Refuse weights that would make every later loss bad, and a bad checkpoint the last one.
+
+    Raises:
+        TigerError: a weight is not finite, which all workers find alike.
+    """
+    if not torch.stack([weight.isfinite().all() for weight in model.parameters()]).all():
+        raise TigerError(
+            f"a weight was not a finite number after step {step:,}, though the loss before it was; the last "
+            "checkpoint is good. Lower training.learning_rate, or try training.precision fp32"
+        )
 
 
 def tokens_of(batch: Batch, item_tokens_NI: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:

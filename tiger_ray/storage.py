@@ -28,7 +28,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from typing import Any, TypeVar
-from urllib.parse import quote, urlencode
 
 import pyarrow as pa
 import pyarrow.fs
@@ -51,7 +50,6 @@ from tiger_ray.stores import (
     open_store,
     parse_uri,
     persist,
-    s3_options,
 )
 
 FORMAT_VERSION = 1
@@ -567,26 +565,29 @@ class Run:
         return {entry.name: entry for entry in there}
 
     def write_beside(self, folder: str, files: Mapping[str, bytes]) -> None:
-        """Write, or write again, files of another tool into a folder of this run; they are never published."""
+        """Write, or write again, files into a folder of this run; they are never published.
+
+        Raises:
+            StorageError: the store refused, or gave no answer for so long; what was there before still is.
+        """
         _require_name("folder", folder)
         for name, data in files.items():
             _require_name("file", name)
             key = f"{self.artifact}/_runs/{self.run_id}/{folder}/{name}"
             self.storage._persist(partial(self.storage.store.put, key, data))
 
-    def folder_uri(self, name: str) -> str:
-        """Address of a folder of this run for a tool that writes by itself; the same for every attempt.
+    def read_beside(self, folder: str, name: str) -> bytes | None:
+        """What `write_beside` wrote last in any attempt, if anything."""
+        key = f"{self.artifact}/_runs/{self.run_id}/{folder}/{name}"
 
-        Returns:
-            An absolute path, or a pyarrow S3 URI that names endpoint and region but no credentials.
-        """
-        _require_name("folder", name)
-        key = f"{self.artifact}/_runs/{self.run_id}/{name}"
-        scheme, root = parse_uri(self.storage.root)
-        if scheme == "local":
-            return f"{root}/{key}"
-        options = s3_options()
-        return f"s3://{quote(f'{root}/{key}')}" + (f"?{urlencode(options)}" if options else "")
+        def read() -> bytes | None:
+            try:
+                data: bytes = self.storage.store.read(key, lambda source: source.read())
+            except FileNotFoundError:
+                return None
+            return data
+
+        return self.storage._persist(read)
 
     def _write(self, name: str, data: bytes | memoryview, rows: int, facts: Mapping[str, int]) -> FileEntry:
         _require_name("file", name)

@@ -483,12 +483,12 @@ def _s3_filesystem(timeout_s: float) -> Any:
         connect_timeout=min(timeout_s, 10.0),
         request_timeout=timeout_s,
         allow_delayed_open=True,
-        **s3_options(),
+        **_s3_options(),
     )
 
 
-def s3_options() -> dict[str, str]:
-    """What pyarrow does not take from the environment by itself; the names are those of its S3 URIs too."""
+def _s3_options() -> dict[str, str]:
+    """What pyarrow does not take from the environment by itself."""
     endpoint, region, bundle = _endpoint(), _region(), os.environ.get("AWS_CA_BUNDLE")
     options = {}
     if region:

@@ -13,20 +13,19 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from collections.abc import Callable, Mapping
 from datetime import date as calendar_date
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from tiger_ray.beam_search import keep_freed_memory
-from tiger_ray.checkpoints import JUDGED_BY, Progress, load_state, save_state
+from tiger_ray.checkpoints import JUDGED_BY, STATE_FILE, Progress, load_state, save_state
 from tiger_ray.config import Settings
-from tiger_ray.errors import ArtifactError, DataError
+from tiger_ray.errors import ArtifactError, DataError, StorageError
 from tiger_ray.examples import Examples
 from tiger_ray.model import TigerModel
 from tiger_ray.optimization import fit, make_optimizer
@@ -193,14 +192,24 @@ def _train_worker(config: dict[str, Any]) -> None:
     torch.manual_seed(settings.seed)
     model = TigerModel(settings.model, vocabulary)
     if config["warm_start"] is not None:
-        model = load_model(storage, config["warm_start"], config["semantic_ids"])
+        # into a model of tonight's settings: dropout and the length of histories may be others
+        last = load_model(storage, config["warm_start"], config["semantic_ids"])
+        model.load_state_dict(last.state_dict())
     model = model.to(device)
     optimizer = make_optimizer(model, training)
     progress = Progress()
-    resumed = ray.train.get_checkpoint()
-    if resumed is not None:
-        with resumed.as_directory() as folder:
-            progress = load_state(Path(folder), model, optimizer)
+    # the date, so that yesterday's run of the same inputs is not resumed unseen
+    checkpoints = f"checkpoint-{settings.date}"
+    # read once, for all workers must go on from the same one, and an orphan may still be writing
+    state: list[Any] = [run.read_beside(checkpoints, STATE_FILE) if is_first else None]
+    if world_size > 1:
+        dist.broadcast_object_list(state, device=device)
+    if state[0] is not None:
+        try:
+            progress = load_state(state.pop(), model, optimizer)
+        except ArtifactError as error:
+            where = storage.uri(f"{run.artifact}/_runs/{run.run_id}/{checkpoints}")
+            raise ArtifactError(f"{error}. To begin again, remove {where}/{STATE_FILE}") from None
     if is_first:
         begins = f"resumes at step {progress.step:,}" if progress.step else "begins"
         print(f"training {begins}: {len(examples):,} examples, workers: {world_size}", flush=True)
@@ -225,12 +234,20 @@ def _train_worker(config: dict[str, Any]) -> None:
             sinks.append(MLflow(f"{settings.date} {run.run_id}", sections))
 
     def save(progress: Progress) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            if is_first:
-                run.write_beside("tensorboard", sinks[0].files())
-                save_state(Path(folder), model, optimizer, progress)
-            checkpoint = ray.train.Checkpoint.from_directory(folder) if is_first else None
-            ray.train.report(progress.curve[-1], checkpoint=checkpoint)
+        if not is_first:
+            return
+        try:
+            run.write_beside(checkpoints, {STATE_FILE: save_state(model, optimizer, progress)})
+        except StorageError as error:
+            before = progress.curve[:-1]
+            again = (
+                f"goes on from its checkpoint of step {before[-1]['step']:,}" if before else "begins again"
+            )
+            raise StorageError(
+                f"training stopped, for its checkpoint of step {progress.step:,} could not be written. {error}. "
+                f"The same command {again}"
+            ) from None
+        run.write_beside("tensorboard", sinks[0].files())
 
     fit(
         ray.train.torch.prepare_model(model),

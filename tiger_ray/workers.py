@@ -1,13 +1,16 @@
 """Workers that compute one thing together, each with a rank, under Ray Train: how anything is trained.
 
 `torch.distributed` is set up among them (NCCL on GPUs, gloo on CPUs). When a worker dies, all are started
-again, and find the last checkpoint if there is one.
+again, and may find on storage what they left there.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from tiger_ray.config import QuantizerSettings, TrainingSettings
@@ -31,12 +34,13 @@ def run_workers(
     Args:
         work: gets `arguments` as one dictionary; `ray.train.get_context()` tells its rank.
         arguments: the same for every worker.
-        run: checkpoints go to its folder `ray_train`.
-        date: of the night; a job restarted for the same night and run finds its checkpoints.
+        run: whose artifact they compute.
+        date: of the night.
         settings: section `training` or `quantizer`.
 
     Raises:
-        TigerError: what a worker raised, as itself; or one that says how many failures there were.
+        TigerError: what a worker raised, as itself and at once; or, of any other cause, after so many
+            restarts as the settings allow.
     """
     import ray.train
     from ray.train.torch import TorchTrainer
@@ -44,31 +48,50 @@ def run_workers(
     # Ray Train would log each printed line a second time.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     resources = {"CPU": 0.0 if settings.use_gpu else settings.cpus_per_worker, "GPU": float(settings.use_gpu)}
-    trainer = TorchTrainer(
-        work,
-        train_loop_config={**arguments, "run": run},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.num_workers, use_gpu=settings.use_gpu, resources_per_worker=resources
-        ),
-        run_config=ray.train.RunConfig(
-            # A run of this name on this storage is resumed silently, so the name is the night's own.
-            name=f"{date}-{run.fingerprint[:16]}",
-            storage_path=run.folder_uri("ray_train"),
-            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-        ),
-    )
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        for failure in getattr(error, "worker_failures", {}).values():
-            cause = getattr(failure, "_base_exc", failure)
+
+    class EndAtTigerError(ray.train.UserCallback):  # type: ignore[misc]
+        """An error of ours would come again, for every restart does the same."""
+
+        def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+            for error in worker_exceptions.values():
+                if isinstance(error, TigerError):
+                    logging.disable()
+                    raise error  # Ray Train restarts after errors of workers, but not of callbacks
+
+    # Ray Train ends a run for good where its own storage refuses a write for a second, so it gets a folder of
+    # the driver's, and what must last is written by `Run`.
+    with tempfile.TemporaryDirectory(prefix="tiger-ray-") as folder:
+        trainer = TorchTrainer(
+            partial(_work, work),
+            train_loop_config={**arguments, "run": run},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=settings.num_workers, use_gpu=settings.use_gpu, resources_per_worker=resources
+            ),
+            run_config=ray.train.RunConfig(
+                name=f"{date}-{run.fingerprint[:16]}",
+                storage_path=folder,
+                failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+                callbacks=[EndAtTigerError()],
+                logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            ),
+        )
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            cause = getattr(error, "controller_failure", None)
             if isinstance(cause, TigerError):
                 raise cause from None
-        raise TigerError(
-            f"{run.artifact} ended after {settings.max_failures + 1} failures: {error}"
-        ) from error
+            raise TigerError(
+                f"{run.artifact} ended, after {settings.max_failures} restarts at most: {error}"
+            ) from error
+
+
+def _work(work: Callable[[dict[str, Any]], None], arguments: dict[str, Any]) -> None:
+    try:
+        work(arguments)
+    except TigerError:
+        logging.disable()  # the job says it once, without a traceback
+        raise
 
 
 def this_worker(cpus_per_worker: float) -> tuple[int, int, Any]:

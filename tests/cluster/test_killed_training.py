@@ -5,12 +5,17 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
-from nights import ARTIFACTS, DATE, Night, contents, until
+import safetensors
+from nights import ARTIFACTS, DATE, Night, contents, free_ports, ray_node, until, wait_for_nodes
 
+from tiger_ray.checkpoints import STATE_FILE
 from tiger_ray.storage import Manifest, Storage
 
 NUM_STEPS = 120
@@ -23,15 +28,16 @@ def model(root: Path) -> Manifest:
     return Storage(str(root)).resolve("model", DATE)
 
 
-def curve(root: Path) -> list[dict[str, float]]:
+def curve(root: Path) -> dict[str, Any]:
     return json.loads(Storage(str(root)).read_file(model(root), "curve.json"))
 
 
 def has_checkpoint(root: Path, step: int) -> bool:
-    """Is a checkpoint of this step or a later one there, and noted by Ray Train?"""
-    records = root.glob("model/_runs/*/ray_train/*/checkpoint_manager_snapshot.json")
+    """Is a checkpoint of this step or a later one on storage?"""
+    states = root.glob(f"model/_runs/*/checkpoint-{DATE}/{STATE_FILE}")
     return any(
-        int(each) >= step for record in records for each in re.findall(r'"step\W+(\d+)', record.read_text())
+        json.loads(safetensors.safe_open(state, "pt").metadata()["progress"])["step"] >= step
+        for state in states
     )
 
 
@@ -86,6 +92,50 @@ def test_a_killed_driver_of_training_resumes_at_the_last_checkpoint_and_the_mode
     assert contents(model(root)) == contents(model(long_run))
 
 
+@pytest.mark.timeout(600)
+def test_training_whose_node_is_killed_goes_on_on_another_and_the_model_is_the_same(
+    settings_file: Path, long_run: Path, root_before: Callable[[str], Path]
+) -> None:
+    root = root_before("model")
+    port, dashboard_port, client = free_ports(3)
+    address, dashboard = f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}"
+    environment = {"RAY_ADDRESS": address}
+    with ExitStack() as nodes, ExitStack() as lost:
+        head, first, second = (
+            Path(nodes.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)))
+            for _ in range(3)
+        )
+        # No CPU beside the driver, so that the worker has to be on the other node.
+        words = ("--head", "--port", str(port), "--dashboard-port", str(dashboard_port), "--num-cpus", "0")
+        client_port = ("--ray-client-server-port", str(client))
+        nodes.enter_context(ray_node(head, *words, *client_port, environment=environment))
+        wait_for_nodes(dashboard, 1, [head])
+        words = ("--address", address, "--num-cpus", "1")
+        lost.enter_context(ray_node(first, *words, environment=environment))
+        wait_for_nodes(dashboard, 2, [head, first])
+        night = Night(settings_file, root, *LONG, address=address, job="train_model")
+        try:
+            until(lambda: has_checkpoint(root, 10), "checkpoint of step 10")
+            lost.close()  # SIGKILL of its raylet and of everything that runs there
+            assert not resumed_at(night.output)
+            nodes.enter_context(ray_node(second, *words, environment=environment))
+            output = night.succeed()
+        finally:
+            night.kill()
+
+    (step,) = resumed_at(output)
+    assert 10 <= step < NUM_STEPS
+    assert contents(model(root)) == contents(model(long_run))
+
+
+def assert_same_curve(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """The same global batches give the same curve, but for the order in which floats are added."""
+    assert [point["step"] for point in one["points"]] == [point["step"] for point in other["points"]]
+    for name, tolerance in (("loss", {"rel": 1e-3}), ("ndcg@10", {"abs": 0.01})):
+        values = [point[name] for point in other["points"]]
+        assert [point[name] for point in one["points"]] == pytest.approx(values, **tolerance), name
+
+
 def test_two_workers_see_the_loss_of_one_with_the_same_global_batch(
     start_night: Callable[..., Night], undisturbed: Path, root_before: Callable[[str], Path]
 ) -> None:
@@ -93,7 +143,23 @@ def test_two_workers_see_the_loss_of_one_with_the_same_global_batch(
     output = start_night(root, "--training.num_workers=2", job="train_model").succeed()
 
     assert "workers: 2" in output
-    one, two = curve(undisturbed), curve(root)
-    assert [point["step"] for point in two] == [point["step"] for point in one] == [10, 20, 30, 40]
-    assert [point["loss"] for point in two] == pytest.approx([point["loss"] for point in one], rel=1e-3)
-    assert two[-1]["loss"] < 0.9 * two[0]["loss"]
+    two = curve(root)
+    assert [point["step"] for point in two["points"]] == [10, 20, 30, 40]
+    assert_same_curve(two, curve(undisturbed))
+    assert two["points"][-1]["loss"] < 0.9 * two["points"][0]["loss"]
+
+
+def test_a_killed_run_of_two_workers_is_ended_by_one_with_the_same_global_batch(
+    start_night: Callable[..., Night], long_run: Path, root_before: Callable[[str], Path]
+) -> None:
+    root = root_before("model")
+    night = start_night(root, *LONG, "--training.num_workers=2", job="train_model")
+    until(lambda: has_checkpoint(root, 10), "checkpoint of step 10")
+    night.kill()
+    assert "workers: 2" in night.output
+    output = start_night(root, *LONG, "--training.num_workers=1", job="train_model").succeed()
+
+    assert "workers: 1" in output
+    (step,) = resumed_at(output)
+    assert 10 <= step < NUM_STEPS
+    assert_same_curve(curve(root), curve(long_run))

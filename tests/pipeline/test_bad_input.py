@@ -285,14 +285,15 @@ def test_a_vector_column_of_changing_length(bad):
     )
 
 
-def test_no_user_with_two_events_to_train_on(night):
-    none = {f"examples_{holdout}": 0 for holdout in ("leave_one_out", "none")}
-    sequences = night["sequences"].model_copy(update={"metadata": {**night["sequences"].metadata, **none}})
-    settings = night.settings.model_copy(update={"date": "2026-12-24", "seed": 77})
-    users = sequences.metadata["users"]
-    with pytest.raises(DataError, match=rf"no training example: none of {users} users has two events that"):
-        training.run(settings, night.storage, sequences, night["semantic_ids"])
-    assert ("model", "2026-12-24") not in published_dates(night.storage)
+def test_users_of_one_event_each_are_refused_before_a_worker_starts(bad_events, monkeypatch):
+    monkeypatch.setattr(training, "run_workers", lambda *_, **__: pytest.fail("workers were started"))
+    single = replaced(EVENTS, "user_id", [f"u{n}" for n in range(40)])
+    bad_events.write(events=single).assert_refused(
+        r"no training example: none of 40 users has two events that training may see "
+        r"\(training\.holdout is 'leave_one_out'\)",
+        until="model",
+        published=["catalog", "events", "embeddings", "quantizer", "semantic_ids", "sequences"],
+    )
 
 
 def test_a_root_that_cannot_be_written(tmp_path):

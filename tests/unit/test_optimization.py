@@ -142,15 +142,16 @@ def assert_same_weights(one, other):
     "changed", [{}, {"precision": "bf16"}, {"optimizer": "adafactor"}, {"batch_tokens": 30}], ids=str
 )
 def test_a_run_resumed_from_its_checkpoint_ends_bit_for_bit_where_an_uninterrupted_one_does(
-    tmp_path, changed
+    changed,
 ):
     settings = training_settings(**changed)
     model, optimizer = fresh(settings)
     ndcg = iter([0.5, 0.4, 0.3])
+    saved = []
 
     def save(progress):
         if progress.step == 5:
-            save_state(tmp_path, model, optimizer, progress)
+            saved.append(save_state(model, optimizer, progress))
 
     whole = train(model, optimizer, settings, save=save, validate=lambda: {"ndcg@10": next(ndcg)})
     assert [point["step"] for point in whole.curve] == [5, 10, 12]
@@ -158,7 +159,7 @@ def test_a_run_resumed_from_its_checkpoint_ends_bit_for_bit_where_an_uninterrupt
     torch.manual_seed(99)
     resumed = TigerModel(TINY, VOCABULARY)  # other weights
     resumed_optimizer = make_optimizer(resumed, settings)
-    progress = load_state(tmp_path, resumed, resumed_optimizer)
+    progress = load_state(*saved, resumed, resumed_optimizer)
     assert (progress.step, progress.curve) == (5, whole.curve[:1])
     ndcg = iter([0.4, 0.3])
     train(resumed, resumed_optimizer, settings, progress, validate=lambda: {"ndcg@10": next(ndcg)})
@@ -270,7 +271,18 @@ def test_without_validation_the_last_checkpoint_is_the_model():
     assert not progress.best
 
 
-def test_a_loss_that_is_not_finite_ends_training_before_it_is_saved_and_names_the_first_step():
+@pytest.mark.parametrize(
+    ("breaks_after", "message", "checkpoints"),
+    [
+        (7, r"loss was not a finite number at step 8; the last checkpoint is good", [5]),
+        (10, r"a weight was not a finite number after step 10, .* the last checkpoint is good", [5]),
+        (12, r"a weight was not a finite number after step 12, .* the last checkpoint is good", [5, 10]),
+    ],
+    ids=["between checkpoints", "right before a checkpoint", "with the last step"],
+)
+def test_numbers_that_are_not_finite_end_training_before_they_are_saved_and_the_step_is_named(
+    breaks_after, message, checkpoints
+):
     settings = training_settings(checkpoint_every_steps=5, log_every_steps=5)
     model, _ = fresh(settings)
     saved = []
@@ -281,18 +293,15 @@ def test_a_loss_that_is_not_finite_ends_training_before_it_is_saved_and_names_th
         def step(self, closure=None):
             super().step(closure)
             self.count += 1
-            if self.count == 7:  # the loss of the eighth step is the first bad one
+            if self.count == breaks_after:
                 with torch.no_grad():
                     model.shared.weight.fill_(float("nan"))
 
-    with pytest.raises(
-        TigerError,
-        match=r"loss was not a finite number at step 8; the last checkpoint is good.*training\.learning_rate",
-    ):
+    with pytest.raises(TigerError, match=rf"{message}.*training\.learning_rate"):
         train(
             model,
             Breaks(model.parameters(), lr=0.01),
             settings,
             save=lambda progress: saved.append(progress.step),
         )
-    assert saved == [5]
+    assert saved == checkpoints

@@ -375,7 +375,8 @@ def test_damaged_small_files_are_artifact_errors(folder: Storage, damage: bytes)
 def test_names_that_are_no_plain_file_names_are_refused(folder: Storage, name: str) -> None:
     run = folder.begin("catalog", NIGHT)
     for use in (
-        run.folder_uri,
+        lambda name: run.write_beside(name, {"a.bin": b""}),
+        lambda name: run.write_beside("beside", {name: b""}),
         lambda name: run.write_file(name, b""),
         lambda name: folder.begin(name, NIGHT),
     ):
@@ -412,7 +413,7 @@ def test_credentials_appear_in_no_pickle_manifest_address_or_error(
     manifest = publish(storage)
     filesystem, _ = input_filesystem(s3_root)
     texts = [pickle.dumps(thing) for thing in (storage, run, filesystem)]
-    texts += [manifest.model_dump_json().encode(), repr(storage).encode(), run.folder_uri("train").encode()]
+    texts += [manifest.model_dump_json().encode(), repr(storage).encode()]
     texts += all_objects_with(address, s3_root)
     for fail in (
         lambda: Storage("s3://no-such-bucket-of-ours/x").check(),
@@ -434,16 +435,15 @@ def all_objects_with(address: str, root: str) -> list[bytes]:
         return list(all_objects(root).values())
 
 
-def test_folder_uri_opens_with_pyarrow_and_is_the_same_for_every_attempt(storage: Storage) -> None:
+def test_a_file_beside_is_replaced_by_any_attempt_and_never_published(storage: Storage) -> None:
     run = storage.begin("model", NIGHT)
-    uri = run.folder_uri("ray_train")
-    assert uri == storage.begin("model", NIGHT).folder_uri("ray_train")
-    filesystem, path = pyarrow.fs.FileSystem.from_uri(uri)
-    if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
-        filesystem.create_dir(path)
-    with filesystem.open_output_stream(f"{path}/checkpoint.bin") as file:
-        file.write(b"weights")
-    assert all_objects(storage.root)[f"model/_runs/{run.run_id}/ray_train/checkpoint.bin"] == b"weights"
+    assert run.read_beside("checkpoint", "state.bin") is None
+    run.write_beside("checkpoint", {"state.bin": b"first"})
+    later = storage.begin("model", NIGHT)
+    assert later.read_beside("checkpoint", "state.bin") == b"first"
+    later.write_beside("checkpoint", {"state.bin": b"second, longer"})
+    assert run.read_beside("checkpoint", "state.bin") == b"second, longer"
+    assert storage.begin("model", OTHER).read_beside("checkpoint", "state.bin") is None
     assert run.finished() == {}
 
 
