@@ -5,6 +5,7 @@ Layout below ROOT/<artifact>/ (only the manifests are ever looked for; nothing i
     _claims/<fingerprint>.json                the run that computes these inputs and settings, crash or not
     _runs/<run_id>/<attempt>-<digest>/<name>  data; the digest keeps a late writer from overwriting
     _runs/<run_id>/_done/<name>.json          the first finished file of that name; later ones adopt it
+    _runs/<run_id>/checkpoint-D/<name>        and other folders beside: replaced again and again, never published
     _runs/<run_id>/_manifest.json             the run is complete and may be published under any date
     _heads/<name>.json                        newest link of a chain, moved by compare-and-swap
     date=D/_manifest.json                     one conditional write: the only moment that publishes anything

@@ -263,17 +263,19 @@ def _pids_with_environment(assignment: str) -> list[int]:
 
 def wait_for_orphans(address: str) -> None:
     """Until no actor scores users any more on the cluster: those of a killed driver live on for a moment."""
+    until(lambda: not actors(address, "_ShardActor"), "the end of a killed driver's actors")
 
-    def scores(pid: int) -> bool:
+
+def actors(address: str, name: str) -> list[int]:
+    """Processes of the actors of this class on the cluster."""
+
+    def is_one(pid: int) -> bool:
         try:
-            return b"_ShardActor" in Path(f"/proc/{pid}/cmdline").read_bytes()
+            return name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
         except OSError:
             return False
 
-    until(
-        lambda: not any(map(scores, _pids_with_environment(f"RAY_ADDRESS={address}"))),
-        "the end of a killed driver's actors",
-    )
+    return list(filter(is_one, _pids_with_environment(f"RAY_ADDRESS={address}")))
 
 
 def wait_for_nodes(dashboard: str, count: int, folders: Sequence[Path]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import safetensors
-from nights import ARTIFACTS, DATE, Night, contents, free_ports, ray_node, until, wait_for_nodes
+from nights import ARTIFACTS, DATE, Night, actors, contents, free_ports, ray_node, until, wait_for_nodes
 
 from tiger_ray.checkpoints import STATE_FILE
 from tiger_ray.storage import Manifest, Storage
@@ -149,17 +149,26 @@ def test_two_workers_see_the_loss_of_one_with_the_same_global_batch(
     assert two["points"][-1]["loss"] < 0.9 * two["points"][0]["loss"]
 
 
-def test_a_killed_run_of_two_workers_is_ended_by_one_with_the_same_global_batch(
-    start_night: Callable[..., Night], long_run: Path, root_before: Callable[[str], Path]
+def test_two_workers_of_which_one_and_then_the_driver_is_killed_are_followed_by_one_alone(
+    start_night: Callable[..., Night],
+    long_run: Path,
+    root_before: Callable[[str], Path],
+    ray_address: str,
 ) -> None:
     root = root_before("model")
     night = start_night(root, *LONG, "--training.num_workers=2", job="train_model")
-    until(lambda: has_checkpoint(root, 10), "checkpoint of step 10")
+    until(lambda: has_checkpoint(root, 10) and WORKER.search(night.output), "a worker's line and checkpoint")
+    found = WORKER.search(night.output)
+    assert found
+    (second,) = (pid for pid in actors(ray_address, "RayTrainWorker") if pid != int(found[1]))
+    os.kill(second, signal.SIGKILL)
+    (step,) = until(lambda: resumed_at(night.output), "a new group of workers")
+    until(lambda: has_checkpoint(root, step + 10), "its checkpoint")
     night.kill()
-    assert "workers: 2" in night.output
-    output = start_night(root, *LONG, "--training.num_workers=1", job="train_model").succeed()
+    assert night.output.count("workers: 2") == 2
 
+    output = start_night(root, *LONG, "--training.num_workers=1", job="train_model").succeed()
     assert "workers: 1" in output
-    (step,) = resumed_at(output)
-    assert 10 <= step < NUM_STEPS
+    (last,) = resumed_at(output)
+    assert step < last < NUM_STEPS
     assert_same_curve(curve(root), curve(long_run))
