@@ -16,14 +16,13 @@ import copy
 import gc
 import math
 import multiprocessing
-import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +36,7 @@ from planted import (
     planted_model,
 )
 from results import Claims
+from turns import CORES, ROUNDS, alternate, fastest, ratios
 
 from tiger_ray.beam_search import Decoder, keep_freed_memory
 from tiger_ray.config import DecodingSettings
@@ -44,13 +44,10 @@ from tiger_ray.model import TigerModel
 from tiger_ray.tokens import pad_histories
 from tiger_ray.trie import Trie
 
-ROUNDS = 5
 MANY = 10_000_000
 PRECISIONS = ("fp32", "bf16")
-CORES = len(os.sched_getaffinity(0))
 # inter_threads and batch size; one translator of two threads and batches by tokens were slower
 CTRANSLATE2_SETTINGS = ((CORES, 4), (CORES, 8), (CORES, 16), (CORES, 32))
-T = TypeVar("T")
 
 
 def main() -> None:
@@ -87,35 +84,6 @@ def main() -> None:
         parts[part](claims, words)
         print(f"{part} took {time.monotonic() - start:.0f} s", flush=True)
         claims.write(words.json)
-
-
-# Runs in turns
-
-
-def alternate(
-    sides: Mapping[T, tuple[float, Callable[[], Any]]], rounds: int = ROUNDS
-) -> dict[T, list[float]]:
-    """Units of work per second of each side, by round; sides are (units, work), and the first round is lost."""
-    rates: dict[T, list[float]] = {name: [] for name in sides}
-    assert torch.get_num_threads() == CORES, "another library has changed the number of torch threads"
-    for number in range(rounds + 1):
-        for name, (units, work) in sides.items():
-            start = time.perf_counter()
-            work()
-            if number:
-                rates[name].append(units / (time.perf_counter() - start))
-    return rates
-
-
-def ratios(above: list[float], below: list[float]) -> list[float]:
-    """Of two sides, round by round."""
-    return [a / b for a, b in zip(above, below, strict=True)]
-
-
-def fastest(runs: dict[Any, Callable[[], Any]]) -> Any:
-    """Whose run takes least time, the better of two each."""
-    rates = alternate({rival: (1, run) for rival, run in runs.items()}, rounds=2)
-    return max(rates, key=lambda rival: max(rates[rival]))
 
 
 def recommend(decoder: Decoder, users: Users) -> Callable[[], Any]:

@@ -1,4 +1,4 @@
-"""The world that decoding is measured in: a model of the paper's size, planted Semantic IDs, and histories.
+"""The world that decoding and training are measured in: a model of the paper's size, planted Semantic IDs, and histories.
 
 N items, I id_length, B users, E events of all users.
 """
@@ -15,6 +15,8 @@ import torch
 from tiger_ray import semantic_ids
 from tiger_ray.beam_search import Decoder
 from tiger_ray.config import DecodingSettings, ModelSettings
+from tiger_ray.examples import Examples
+from tiger_ray.histories import HELD_OUT
 from tiger_ray.model import TigerModel
 from tiger_ray.tokens import Vocabulary
 
@@ -23,6 +25,7 @@ DISAMBIGUATORS = 256
 # Users of Amazon Beauty (5-core, 2014) by the length of their test history, 20 standing for all that are longer.
 BEAUTY_LENGTHS = {4: 7162, 5: 4221, 6: 2680, 7: 1811, 8: 1366, 9: 881, 10: 695, 11: 558, 12: 439, 13: 361}
 BEAUTY_LENGTHS |= {14: 262, 15: 207, 16: 213, 17: 141, 18: 118, 19: 112, 20: 1136}
+BEAUTY_LONGER = 34  # mean of those that 20 stands for; all but 20 items are cut off
 
 Users = tuple[np.ndarray, np.ndarray]
 """Items of all histories one after the other, (E,) int32, and items per history, (B,) int64."""
@@ -75,10 +78,24 @@ def beauty_users(count: int, folder: Path | None = None) -> Users:
     """Users with as many items as users of Beauty have before their last one, read from `folder` if given."""
     lengths = np.repeat(list(BEAUTY_LENGTHS), list(BEAUTY_LENGTHS.values()))
     if folder is not None:
-        user_id = pq.read_table(folder / "interactions.parquet", columns=["user_id"]).column("user_id")
-        events = user_id.value_counts().field("counts").to_numpy()
-        lengths = np.minimum(events - 1, ModelSettings().max_history)
+        lengths = np.minimum(beauty_events(folder) - 1, ModelSettings().max_history)
     return users_of(np.random.default_rng(2).choice(np.sort(lengths), count))
+
+
+def beauty_examples(folder: Path | None = None) -> Examples:
+    """Training examples of histories as long as those of Beauty without their last two items, of any items."""
+    lengths = np.repeat([*list(BEAUTY_LENGTHS)[:-1], BEAUTY_LONGER], list(BEAUTY_LENGTHS.values())) - 1
+    if folder is not None:
+        lengths = np.sort(beauty_events(folder) - HELD_OUT)
+    items, lengths_U = users_of(np.random.default_rng(2).permutation(lengths))
+    hashes = np.arange(len(lengths_U), dtype=np.uint64)
+    return Examples.of(items, lengths_U, hashes, max_history=ModelSettings().max_history, seed=0)
+
+
+def beauty_events(folder: Path) -> np.ndarray:
+    """Events of each user of Beauty, in any order."""
+    user_id = pq.read_table(folder / "interactions.parquet", columns=["user_id"]).column("user_id")
+    return user_id.value_counts().field("counts").to_numpy()
 
 
 def first(users: Users, count: int) -> Users:

@@ -1,4 +1,4 @@
-"""What is shown of a run is what happened, and no tracking server can end a night."""
+"""What is shown of a run is what happened, operations are what torch counts, and no server can end a night."""
 
 import struct
 import sys
@@ -7,12 +7,13 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tiger_ray.config import ModelSettings
 from tiger_ray.errors import SettingsError, TigerError
 from tiger_ray.model import TigerModel
 from tiger_ray.tokens import Vocabulary
-from tiger_ray.training_log import LossWindow, MLflow, TensorBoard, TrainingLog
+from tiger_ray.training_log import LossWindow, MLflow, TensorBoard, TrainingLog, training_operations
 
 TINY = ModelSettings(num_layers=1, d_model=8, num_heads=2, d_kv=4, d_ff=16, num_user_buckets=3)
 
@@ -118,3 +119,16 @@ def test_mlflow_asked_for_but_not_installed_is_a_settings_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(SettingsError, match=r"MLFLOW_TRACKING_URI is set, but .* mlflow-skinny"):
         MLflow("name", {})
+
+
+@pytest.mark.parametrize("softmax", ["vocabulary", "level"])
+@pytest.mark.parametrize("sizes", [{}, {"num_layers": 2, "d_model": 64, "num_heads": 3, "d_kv": 16}], ids=str)
+def test_operations_are_those_of_the_matrix_products_without_padding(softmax, sizes):
+    model = TigerModel(ModelSettings(softmax=softmax, **sizes), Vocabulary((256, 256, 256, 64)))
+    num_examples, num_tokens = 8, 28
+    history_BT = torch.randint(1, 833, (num_examples, num_tokens))
+    target_BI = torch.tensor([[1, 257, 513, 769]]).repeat(num_examples, 1)
+    with FlopCounterMode(display=False) as counter:
+        model(history_BT, target_BI).sum().backward()
+    counted = training_operations(model, np.full(num_examples, num_tokens))
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
