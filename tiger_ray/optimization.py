@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -28,7 +30,7 @@ def fit(
     network: TigerModel | DistributedDataParallel,
     optimizer: torch.optim.Optimizer,
     batches: Iterator[Sequence[Batch]],
-    item_tokens_NI: Tensor,
+    codes_NI: npt.NDArray[np.int16],
     settings: TrainingSettings,
     progress: Progress,
     log: TrainingLog,
@@ -45,7 +47,7 @@ def fit(
         network: the model, wrapped for DDP where there are several workers.
         optimizer: over the parameters of the network, as it was at `progress.step`.
         batches: this worker's share of each step from `progress.step` on, in one or several parts.
-        item_tokens_NI: token ids by item_index, (N, I) int64, on the device of the network.
+        codes_NI: Semantic IDs by item_index, (N, I) int16.
         settings: schedule, precision, batch size over all workers.
         progress: what is done; brought up to date at each checkpoint.
         log: gets every step.
@@ -61,7 +63,8 @@ def fit(
     if progress.is_stale(settings.patience):
         return
     model: TigerModel = network if isinstance(network, TigerModel) else network.module
-    device, loss_window = item_tokens_NI.device, LossWindow(item_tokens_NI.device)
+    device = model.shared.weight.device
+    loss_window = LossWindow(device)
     # DDP averages over workers, whose shares may differ by one example
     scale = world_size / (settings.global_batch_size * model.vocabulary.id_length)
     network.train()
@@ -70,7 +73,7 @@ def fit(
         torch.manual_seed(hash((seed, step, rank)) % 2**63)
         parts = next(batches)
         for left, batch in enumerate(parts, 1 - len(parts)):
-            history_BT, target_BI = tokens_of(batch, item_tokens_NI, model.vocabulary)
+            history_BT, target_BI = (each.to(device) for each in tokens_of(batch, codes_NI, model.vocabulary))
             with (
                 network.no_sync() if left and isinstance(network, DistributedDataParallel) else nullcontext()
             ):
@@ -109,16 +112,14 @@ def require_finite(model: nn.Module, step: int) -> None:
         )
 
 
-def tokens_of(batch: Batch, item_tokens_NI: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
-    """Token ids of histories, (B, T) int64, and of their next items, (B, I) int64."""
+def tokens_of(batch: Batch, codes_NI: npt.NDArray[np.int16], vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
+    """Token ids of histories, (B, T) int64, and of their next items, (B, I) int64; Semantic IDs are (N, I)."""
     user_tokens = None
     if vocabulary.num_user_buckets:
         user_tokens = torch.from_numpy(user_buckets(batch.user_hash_B, vocabulary) + vocabulary.user_offset)
-    read, target = (
-        item_tokens_NI[torch.from_numpy(items).to(item_tokens_NI.device, torch.int64)]
-        for items in (batch.item_E, batch.target_B)
-    )
-    return pad_histories(read, torch.from_numpy(batch.lengths_B), user_tokens), target
+    read_EI = vocabulary.tokens(codes_NI[batch.item_E])
+    history_BT = pad_histories(read_EI, torch.from_numpy(batch.lengths_B), user_tokens)
+    return history_BT, vocabulary.tokens(codes_NI[batch.target_B])
 
 
 def learning_rate(step: int, settings: TrainingSettings) -> float:

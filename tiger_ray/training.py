@@ -181,6 +181,7 @@ def _train_worker(config: dict[str, Any]) -> None:
         keep_freed_memory()
     ids = load_semantic_ids(storage, config["semantic_ids"])
     vocabulary = Vocabulary(ids.level_sizes, settings.model.num_user_buckets)
+    vocabulary.require_codes(ids.codes_NI)
     examples = Examples.open(
         storage,
         sequences,
@@ -261,7 +262,7 @@ def _train_worker(config: dict[str, Any]) -> None:
             id_length=vocabulary.id_length,
             user_token=vocabulary.num_user_buckets > 0,
         ),
-        vocabulary.item_tokens(ids.codes_NI).to(device),
+        ids.codes_NI,
         training,
         progress,
         TrainingLog(

@@ -167,7 +167,7 @@ class Worker:
 
     def __init__(self, beauty: Path | None, rank: int = 0, world_size: int = 1) -> None:
         self._rank, self._world_size = rank, world_size
-        self._item_tokens_NI = planted_model().vocabulary.item_tokens(planted_codes())
+        self._codes_NI = planted_codes()
         self._models: dict[Side, tuple[nn.Module, torch.optim.Optimizer]] = {}
         whole = first_group(beauty)
         order = np.argsort([sum(batch.lengths_B.sum() for batch in step) for step in whole], kind="stable")
@@ -213,7 +213,7 @@ class Worker:
                 network,
                 optimizer,
                 iter(steps),
-                self._item_tokens_NI,
+                self._codes_NI,
                 settings,
                 Progress(),
                 log,
@@ -228,7 +228,7 @@ class Worker:
     ) -> None:
         """The plain loop around a model of Hugging Face."""
         for step, batch in enumerate(steps):
-            history_BT, target_BI = tokens_of(batch, self._item_tokens_NI, planted_model().vocabulary)
+            history_BT, target_BI = tokens_of(batch, self._codes_NI, planted_model().vocabulary)
             with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
                 loss = loss_of_theirs(network, history_BT, target_BI, padded)
             loss.backward()
@@ -325,7 +325,7 @@ def require_same_gradients(beauty: Path | None, attention: str) -> None:
     (batch,) = first_group(beauty)[0]
     model = fresh_model().eval()
     theirs = rival(model, attention)
-    history_BT, target_BI = tokens_of(batch, model.vocabulary.item_tokens(planted_codes()), model.vocabulary)
+    history_BT, target_BI = tokens_of(batch, planted_codes(), model.vocabulary)
     losses = model(history_BT, target_BI).mean(), loss_of_theirs(theirs, history_BT, target_BI, PADDED)
     for loss in losses:
         loss.backward()

@@ -37,7 +37,7 @@ def test_a_user_token_comes_first_and_is_the_users_own():
         np.array([0, 7919, 7919], np.uint64),
         np.array([1, 3, 4], np.int32),
     )
-    history_BT, target_BI = tokens_of(batch, item_tokens_NI, vocabulary)
+    history_BT, target_BI = tokens_of(batch, CODES_NI, vocabulary)
     bucket = [0 % 5, 7919 % 5, 7919 % 5]
     assert history_BT[:, 0].tolist() == [vocabulary.user_offset + b for b in bucket]
     items = [[*item_tokens_NI[0], 0, 0, 0], [*item_tokens_NI[2], 0, 0, 0], item_tokens_NI[[2, 3]].flatten()]
@@ -116,7 +116,7 @@ def train(
             batch_tokens=settings.batch_tokens,
             id_length=VOCABULARY.id_length,
         ),
-        VOCABULARY.item_tokens(CODES_NI),
+        CODES_NI,
         settings,
         progress,
         TrainingLog(settings.log_every_steps, settings.num_steps, model, sinks=sinks),
