@@ -365,7 +365,8 @@ class Attention(nn.Module):
         # one wide product is faster than several narrow ones, and joining the weights costs next to nothing
         weight = torch.cat([linear.weight for linear in maps]) if len(maps) > 1 else maps[0].weight
         projected = F.linear(hidden_BTD, weight).view(*hidden_BTD.shape[:2], len(maps), self.num_heads, -1)
-        return tuple(projected.permute(2, 0, 3, 1, 4).unbind())
+        # whole heads in a row, or each product would copy what it reads
+        return tuple(part.transpose(1, 2).contiguous() for part in projected.unbind(2))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         """What each query reads, (B, queries, D); `bias` is added to the scores."""
