@@ -158,7 +158,10 @@ def serve(pipe: Connection, beauty: Path | None, address: str, rank: int) -> Non
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=CORES)
     worker = Worker(beauty, rank, CORES)
     while True:
-        method, *arguments = pipe.recv()
+        try:
+            method, *arguments = pipe.recv()
+        except EOFError:  # the benchmark has ended
+            return
         pipe.send(getattr(worker, method)(*arguments))
 
 
