@@ -100,6 +100,12 @@ def after_checkpoints(count: int, answer: Callable[[str], tuple[int, str] | None
     return answers
 
 
+def tracebacks(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """But for those of a process of Ray Train that looks for its cluster and finds those of other tests too."""
+    lines = (done.stdout + done.stderr).splitlines()
+    return [line for line in lines if "Traceback" in line and "PlacementGroupCleaner" not in line]
+
+
 def test_a_storage_that_refuses_for_good_ends_training_clearly_and_the_same_command_goes_on(
     training: Training, s3_faults: Any
 ) -> None:
@@ -114,7 +120,7 @@ def test_a_storage_that_refuses_for_good_ends_training_clearly_and_the_same_comm
     assert "AccessDenied" in last
     assert "Grant these credentials s3:PutObject" in last
     assert last.endswith("The same command goes on from its checkpoint of step 20")
-    assert "Traceback" not in refused.stdout + refused.stderr
+    assert not tracebacks(refused)
     assert refused.stdout.count("training begins") == 1
     assert "training resumes" not in refused.stdout
     (state,) = training.checkpoints()
@@ -150,7 +156,13 @@ def test_a_storage_that_refuses_for_good_ends_training_clearly_and_the_same_comm
 
 def test_a_loss_that_is_not_finite_ends_the_job_at_once_and_names_the_step(training: Training) -> None:
     ended = training.run(
-        training={"learning_rate": 1e30, "warmup_steps": 0, "checkpoint_every_steps": 1, "max_failures": 3}
+        training={
+            "optimizer": "adamw",
+            "learning_rate": 1e30,
+            "warmup_steps": 0,
+            "checkpoint_every_steps": 1,
+            "max_failures": 3,
+        }
     )
     assert ended.returncode == 6, ended.stderr
     last = ended.stderr.strip().splitlines()[-1]
@@ -158,7 +170,7 @@ def test_a_loss_that_is_not_finite_ends_the_job_at_once_and_names_the_step(train
     assert "was not a finite number" in last
     assert "training.learning_rate" in last
     step = int(last.partition(" step ")[2].split(";")[0].split(",")[0])
-    assert "Traceback" not in ended.stdout + ended.stderr
+    assert not tracebacks(ended)
     assert ended.stdout.count("training begins") == 1
     assert "training resumes" not in ended.stdout, "it would come to the same step again"
     (state,) = training.checkpoints()
@@ -171,7 +183,7 @@ def test_a_checkpoint_of_another_model_is_refused(training: Training, s3_faults:
     assert training.run().returncode == 6
     s3_faults.answers = lambda method, path: None
     store = Storage(training.root).store
-    (key,) = (file.path for file in store.find("model") if file.path.endswith(f"/{STATE_FILE}"))
+    (key,) = (file.path for file in store.find("model") if f"/checkpoint-{TUESDAY}/" in file.path)
     tensors = safetensors.torch.load(store.read(key, lambda source: source.read()))
     tensors["model.shared.weight"] = tensors["model.shared.weight"][:, :16].contiguous()
     (state,) = training.checkpoints()
@@ -182,5 +194,5 @@ def test_a_checkpoint_of_another_model_is_refused(training: Training, s3_faults:
     last = refused.stderr.strip().splitlines()[-1]
     assert last.startswith("ArtifactError: checkpoint tensor shared.weight has shape")
     assert last.endswith(f"To begin again, remove {training.root}/{key}")
-    assert "Traceback" not in refused.stdout + refused.stderr
+    assert not tracebacks(refused)
     assert not training.is_published

@@ -18,9 +18,9 @@ RATE = 1e-6
 ONE_STEP = {
     "warm_start": True,
     "num_steps": 1,
+    "optimizer": "adamw",
     "learning_rate": RATE,
     "warmup_steps": 0,
-    "weight_decay": 0.0,
     "validation_users": 0,
 }
 
