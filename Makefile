@@ -4,7 +4,7 @@ BIN := .venv/bin
 DATE ?= 2026-11-23
 export RAY_AUTH_MODE ?= disabled
 
-.PHONY: demo test test-pipeline test-rest unit lint clean
+.PHONY: demo test test-pipeline test-cluster test-rest unit lint clean
 
 demo: demo/data/plant.json
 	$(BIN)/python jobs/nightly.py --config jobs/demo.yaml --date $(DATE)
@@ -12,15 +12,19 @@ demo: demo/data/plant.json
 demo/data/plant.json: .venv/base
 	$(BIN)/python jobs/synthesize.py --out demo/data --items 800 --users 4000 --seed 7
 
-# Two halves side by side: each waits for processes to start more than it computes.
+# Three parts side by side: each waits for processes to start more than it computes.
 test: lint
-	$(MAKE) --no-print-directory --output-sync=target -j2 test-pipeline test-rest
+	$(MAKE) --no-print-directory --output-sync=target -j3 test-pipeline test-cluster test-rest
 
 test-pipeline: .venv/test
-	$(BIN)/python -m pytest tests/pipeline
+	$(BIN)/python -m pytest tests/pipeline --ignore tests/pipeline/test_serving.py --durations 15
+
+test-cluster: .venv/test
+	$(BIN)/python -m pytest tests/cluster --durations 15
 
 test-rest: .venv/test
-	$(BIN)/python -m pytest tests/cluster tests/docs tests/unit
+	$(BIN)/python -m pytest tests/docs tests/unit
+	$(BIN)/python -m pytest tests/pipeline/test_serving.py
 
 unit: .venv/test
 	$(BIN)/python -m pytest tests/unit
