@@ -162,7 +162,7 @@ def test_refused_checkpoints_end_training_clearly_and_the_same_command_goes_on(
 
     # All is well again, but for a few refusals that pass.
     store.put(key, good)
-    s3_faults.answers = Refusing(0, 503, "SlowDown", times=8)
+    s3_faults.answers = Refusing(0, 503, "SlowDown", times=3)
     model = training.run()
     assert s3_faults.answers.written == 1, "only the checkpoint of step 40"
     curve = json.loads(Storage(training.root).read_file(model, "curve.json"))
