@@ -11,7 +11,6 @@ extra `studies`. With `--model FOLDER`, a trained model is compared in both prec
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
 import math
@@ -35,7 +34,7 @@ from planted import (
     planted_decoder,
     planted_model,
 )
-from results import Claims
+from results import Claims, chosen_parts, parser_of, run_parts
 from turns import CORES, ROUNDS, alternate, fastest, ratios
 
 from tiger_ray.beam_search import Decoder, keep_freed_memory
@@ -61,29 +60,15 @@ def main() -> None:
         "trie": measure_trie,
         "job": measure_job,
     }
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", help="file to write the claims to")
-    parser.add_argument("--only", help=f"parts to run, of {','.join(parts)}")
-    parser.add_argument(
-        "--beauty", type=Path, help="folder with interactions.parquet; left out, its known lengths"
-    )
+    parser = parser_of(__doc__, parts)
     parser.add_argument("--model", type=Path, help="folder of a trained model, for the part precision")
     words = parser.parse_args()
-    chosen = words.only.split(",") if words.only else list(parts)
-    if unknown := set(chosen) - set(parts):
-        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
+    chosen = chosen_parts(parser, words, parts)
     keep_freed_memory()  # before any thread has memory of its own, as in a worker of the job
     torch.set_num_threads(CORES)
     claims = Claims()
     claims.settings |= {"rounds": ROUNDS, "threads": CORES, "torch": torch.__config__.show()}
-    for part in chosen:
-        print(f"\n{part}", flush=True)
-        start = time.monotonic()
-        parts[part](claims, words)
-        print(f"{part} took {time.monotonic() - start:.0f} s", flush=True)
-        claims.write(words.json)
+    run_parts(chosen, parts, claims, words, words.json)
 
 
 def recommend(decoder: Decoder, users: Users) -> Callable[[], Any]:

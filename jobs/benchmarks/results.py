@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,45 @@ class Claims:
         if file:
             whole = {"hardware": hardware(), "settings": self.settings, "claims": self._claims}
             Path(file).write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def parser_of(description: str | None, parts: Mapping[str, Any]) -> argparse.ArgumentParser:
+    """Words that every benchmark of several parts understands."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", help="file to write the claims to")
+    parser.add_argument("--only", help=f"parts to run, of {','.join(parts)}")
+    parser.add_argument(
+        "--beauty", type=Path, help="folder with interactions.parquet; left out, its known lengths"
+    )
+    return parser
+
+
+def chosen_parts(
+    parser: argparse.ArgumentParser, words: argparse.Namespace, parts: Mapping[str, Any]
+) -> list[str]:
+    """Names of `--only`, or all; ends the program at a name that is none."""
+    chosen = words.only.split(",") if words.only else list(parts)
+    if unknown := set(chosen) - set(parts):
+        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
+    return chosen
+
+
+def run_parts(
+    chosen: Sequence[str],
+    parts: Mapping[str, Callable[[Claims, Any], None]],
+    claims: Claims,
+    given: Any,
+    file: str | None,
+) -> None:
+    """Run `parts[name](claims, given)` one after the other, and write what there is after each."""
+    for part in chosen:
+        print(f"\n{part}", flush=True)
+        start = time.monotonic()
+        parts[part](claims, given)
+        print(f"{part} took {time.monotonic() - start:.0f} s", flush=True)
+        claims.write(file)
 
 
 def hardware() -> dict[str, Any]:

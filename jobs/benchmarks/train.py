@@ -11,11 +11,9 @@ every side gets the better of the two. Needs the extra `studies`.
 
 from __future__ import annotations
 
-import argparse
 import io
 import multiprocessing
 import socket
-import time
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
@@ -30,7 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from planted import beauty_examples, planted_codes, planted_model
-from results import Claims
+from results import Claims, chosen_parts, parser_of, run_parts
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from turns import CORES, ROUNDS, alternate, fastest, ratios
@@ -58,18 +56,9 @@ def main() -> None:
         "padding": measure_padding,
         "peak": measure_peak,
     }
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", help="file to write the claims to")
-    parser.add_argument("--only", help=f"parts to run, of {','.join(parts)}")
-    parser.add_argument(
-        "--beauty", type=Path, help="folder with interactions.parquet; left out, its known lengths"
-    )
+    parser = parser_of(__doc__, parts)
     words = parser.parse_args()
-    chosen = words.only.split(",") if words.only else list(parts)
-    if unknown := set(chosen) - set(parts):
-        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
+    chosen = chosen_parts(parser, words, parts)
     keep_freed_memory()  # before any thread has memory of its own, as in a worker of the job
     torch.set_num_threads(CORES)
     claims = Claims()
@@ -78,13 +67,7 @@ def main() -> None:
         "model": planted_model().settings.model_dump(mode="json"),
         "global_batch": GLOBAL_BATCH,
     }
-    machine = Machine(words.beauty)
-    for part in chosen:
-        print(f"\n{part}", flush=True)
-        start = time.monotonic()
-        parts[part](claims, machine)
-        print(f"{part} took {time.monotonic() - start:.0f} s", flush=True)
-        claims.write(words.json)
+    run_parts(chosen, parts, claims, Machine(words.beauty), words.json)
 
 
 # Ways to train
