@@ -24,6 +24,7 @@ from torch import Tensor
 from tiger_ray.config import DecodingSettings
 from tiger_ray.inference import LENGTH_MULTIPLE, InferenceModel
 from tiger_ray.model import TigerModel
+from tiger_ray.precision import dtype_of
 from tiger_ray.tokens import PAD, pad_histories
 from tiger_ray.trie import Closed, Trie
 
@@ -291,7 +292,7 @@ class Decoder:
         self.settings = settings
         model.vocabulary.require_codes(codes_NI)
         self.codes_NI = codes_NI
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.precision]
+        dtype = dtype_of(settings.precision, self.device)
         self.model = InferenceModel(model, dtype, self.device, settings.temperature)
         self.trie = Trie.build(codes_NI, eligible_N).to(self.device)
         self._batch_tokens = settings.batch_tokens or BATCH_TOKENS[self.device.type]

@@ -293,7 +293,8 @@ class TrainingSettings(Section):
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of each target's probability that is spread over all that `model.softmax` normalizes over."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Arithmetic of matrix products; weights and optimizer stay fp32."""
+    """Arithmetic of matrix products; weights and optimizer stay fp32. A device without bf16 instructions, where
+    bf16 would take 30 times as long and more, computes in fp32 and says so."""
     batch_tokens: Count | None = None
     """Tokens that a worker computes at once, which sets memory; its share of a global batch is accumulated over
     several such batches if it holds more; empty: 16,384 on a CPU and 262,144 on a GPU."""
@@ -327,8 +328,8 @@ class DecodingSettings(Section):
     """Draw each user's items without replacement instead of taking the most probable ones, each codeword by its
     probability; `seed` and the user decide, and a higher temperature makes the draw more diverse."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of matrix products. bf16 is about twice as fast where the CPU or GPU knows it; items of nearly
-    equal score may then change places with the users they are decoded with."""
+    """Arithmetic of matrix products. bf16 is about twice as fast where the CPU or GPU knows it (elsewhere it is
+    fp32, which is said); items of nearly equal score may then change places with the users they are decoded with."""
     batch_tokens: Count | None = None
     """History tokens and beams of the users decoded at once, which sets memory: about 30 kB each at
     levels of 256 codewords, for each thread of a CPU; empty: 4,096 on a CPU and 262,144 on a GPU."""

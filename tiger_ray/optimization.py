@@ -22,6 +22,7 @@ from tiger_ray.config import TrainingSettings
 from tiger_ray.errors import TigerError
 from tiger_ray.examples import Batch
 from tiger_ray.model import TigerModel
+from tiger_ray.precision import dtype_of
 from tiger_ray.tokens import Vocabulary, pad_histories, user_buckets
 from tiger_ray.training_log import LossWindow, TrainingLog
 
@@ -64,6 +65,7 @@ def fit(
         return
     model: TigerModel = network if isinstance(network, TigerModel) else network.module
     device = model.shared.weight.device
+    dtype = dtype_of(settings.precision, device)
     loss_window = LossWindow(device)
     # DDP averages over workers, whose shares may differ by one example
     scale = world_size / (settings.global_batch_size * model.vocabulary.id_length)
@@ -77,7 +79,7 @@ def fit(
             with (
                 network.no_sync() if left and isinstance(network, DistributedDataParallel) else nullcontext()
             ):
-                with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
                     loss_BI = network(history_BT, target_BI, settings.label_smoothing)
                 (loss_BI.sum() * scale).backward()
             loss_window.add(step, loss_BI)

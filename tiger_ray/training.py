@@ -29,6 +29,7 @@ from tiger_ray.errors import ArtifactError, DataError, StorageError
 from tiger_ray.examples import Examples
 from tiger_ray.model import TigerModel
 from tiger_ray.optimization import fit, make_optimizer
+from tiger_ray.precision import dtype_of
 from tiger_ray.registry import id_space, load_semantic_ids, registry_of
 from tiger_ray.stage import Computed, StageResult, run_stage
 from tiger_ray.storage import Manifest, Run, Storage
@@ -269,7 +270,7 @@ def _train_worker(config: dict[str, Any]) -> None:
             training.log_every_steps,
             training.num_steps,
             model,
-            measured_peak(device, torch.bfloat16 if training.precision == "bf16" else torch.float32),
+            measured_peak(device, dtype_of(training.precision, device)),
             sinks,
         ),
         seed=settings.seed,
