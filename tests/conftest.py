@@ -8,7 +8,10 @@ from typing import Any
 import boto3
 import pytest
 
+from tiger_ray.cluster import IDLE_MS, IDLE_VARIABLE
+
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault(IDLE_VARIABLE, str(IDLE_MS))
 
 
 class S3Faults:

@@ -11,6 +11,12 @@ import threading
 
 from tiger_ray.config import RaySettings
 
+IDLE_VARIABLE = "RAY_idle_worker_killing_time_threshold_ms"
+"""Of Ray: how long a process without work is kept. By default a second, so that nearly every step of a night would
+start new ones, at two to four seconds of CPU time each for their imports."""
+
+IDLE_MS = 60_000
+
 
 def connect(settings: RaySettings) -> None:
     """Join the cluster of `ray job submit` if there is one, or of `ray.address`, or start a local one.
@@ -22,6 +28,8 @@ def connect(settings: RaySettings) -> None:
     if not ray.is_initialized():
         address = settings.address or (None if "RAY_ADDRESS" in os.environ else "local")
         num_cpus = settings.num_cpus if address == "local" else None
+        if address == "local":
+            os.environ.setdefault(IDLE_VARIABLE, str(IDLE_MS))
         on_sigterm = signal.getsignal(signal.SIGTERM)
         ray.init(address=address, num_cpus=num_cpus, logging_level=logging.WARNING)
         # Ray's own handler would end the process with another exit code than the job promises.

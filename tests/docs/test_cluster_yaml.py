@@ -9,6 +9,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from tiger_ray.cluster import IDLE_MS, IDLE_VARIABLE
 from tiger_ray.config import load_settings
 
 REPOSITORY = Path(__file__).parents[2]
@@ -100,6 +101,12 @@ def test_ray_starts_with_token_authentication_and_a_private_dashboard(config: di
         assert "export RAY_AUTH_MODE=token;" in start.partition("ray start")[0]
     assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1]
     assert any("> ~/.ray/auth_token" in command for command in config["setup_commands"])
+
+
+def test_ray_keeps_idle_workers_as_long_as_a_local_cluster_does(config: dict[str, Any]) -> None:
+    for commands in START_COMMANDS:
+        (start,) = [command for command in config[commands] if "ray start" in command]
+        assert f"export {IDLE_VARIABLE}={IDLE_MS};" in start.partition("ray start")[0]
 
 
 def test_no_secret_is_in_the_file_or_copied_to_a_node(config: dict[str, Any]) -> None:
