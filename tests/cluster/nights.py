@@ -171,16 +171,20 @@ def contents(manifest: Manifest) -> dict[str, str]:
     return {entry.name: entry.sha256 for entry in manifest.files}
 
 
+_ports: set[int] = set()
+
+
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
+    """Ports that nobody listens on, none of them given before: one node asks several times."""
+    found: list[int] = []
+    while len(found) < count:
+        with socket.socket() as each:
             each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+            port = each.getsockname()[1]
+        if port not in _ports:
+            _ports.add(port)
+            found.append(port)
+    return found
 
 
 @contextmanager
