@@ -15,12 +15,21 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from datetime import date as calendar_date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from tiger_ray.errors import SettingsError
@@ -30,6 +39,20 @@ CountOrZero = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 LevelSize = Annotated[int, Field(ge=1, le=32767)]  # codes are int16
+
+
+def _in_utc(value: Any) -> datetime:
+    """A day or a time; left to itself, pydantic would also take numbers, and guess their unit."""
+    if isinstance(value, str) and re.match(r"\d{4}-\d{2}-\d{2}", value):
+        value = datetime.fromisoformat(value)
+    elif isinstance(value, calendar_date) and not isinstance(value, datetime):
+        value = datetime(value.year, value.month, value.day)
+    elif not isinstance(value, datetime):
+        raise ValueError("must be a day or a time like 2014-01-01 or 2014-01-01T12:00:00Z")
+    return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+Moment = Annotated[datetime, BeforeValidator(_in_utc)]
 
 
 def operational(default: Any) -> Any:
@@ -118,8 +141,12 @@ class EventsSettings(Section):
     """Column with the kind of event, if only some kinds count."""
     event_types: tuple[str, ...] = ()
     """Kinds of event that count; required with `event_type`."""
-    ties: Literal["item_id", "shuffled"] = "item_id"
-    """Order of one user's events with equal timestamps: by item id, or by a hash of it with the seed."""
+    ties: Literal["item_id", "shuffled", "column"] = "item_id"
+    """Order of one user's events with equal timestamps: by item id, by a hash of it with the seed, or by the
+    column `tie`. It decides the order only: an event of the same user, item and timestamp still counts once."""
+    tie: str | None = None
+    """Integer column, smallest first, for example the place of the event in the log; required by `ties: column`.
+    The item id decides what is equal in it too."""
     max_unknown_share: Share = 0.05
     """Share of events whose item is not in the catalog above which the events are refused."""
     max_null_share: Share = 0.01
@@ -129,6 +156,21 @@ class EventsSettings(Section):
     def _event_types_belong_together(self) -> EventsSettings:
         if (self.event_type is None) != (not self.event_types):
             raise ValueError("events.event_type and events.event_types must be given together")
+        return self
+
+    @model_validator(mode="after")
+    def _tie_belongs_to_ties(self) -> EventsSettings:
+        if self.ties == "column" and self.tie is None:
+            raise ValueError("events.ties is 'column', so events.tie must name the column")
+        if self.ties != "column" and self.tie is not None:
+            raise ValueError(
+                f"events.tie names the column {self.tie!r}, but events.ties is {self.ties!r} and would not read it; "
+                "set events.ties to 'column', or leave events.tie out"
+            )
+        if self.tie == self.timestamp:
+            raise ValueError(
+                f"events.tie is the column of events.timestamp, {self.tie!r}, which cannot tell equal timestamps apart"
+            )
         return self
 
 
@@ -233,6 +275,20 @@ class SequencesSettings(Section):
     """Files that the users are spread over; scoring works and resumes shard by shard."""
     max_events: Annotated[int, Field(ge=3)] = 1000
     """Most recent events of a user that are kept; bounds what one bot can cost."""
+    validation_from: Moment | None = None
+    """Begin of the validation period of `training.holdout: time`: a day or a time, UTC if it names no other zone."""
+    test_from: Moment | None = None
+    """Begin of the test period, which ends with the events; given together with `validation_from`."""
+
+    @model_validator(mode="after")
+    def _moments_are_in_order(self) -> SequencesSettings:
+        if (self.validation_from is None) != (self.test_from is None):
+            raise ValueError("sequences.validation_from and sequences.test_from must be given together")
+        if self.validation_from and self.test_from and self.validation_from >= self.test_from:
+            raise ValueError(
+                f"sequences.validation_from {self.validation_from} must be before sequences.test_from {self.test_from}"
+            )
+        return self
 
 
 class ModelSettings(Section):
@@ -265,8 +321,9 @@ class ModelSettings(Section):
 class TrainingSettings(Section):
     """Histories to a model."""
 
-    holdout: Literal["leave_one_out", "none"] = "leave_one_out"
-    """Events hidden from training: each user's last two (validation, test), or none for a production refit."""
+    holdout: Literal["leave_one_out", "time", "none"] = "leave_one_out"
+    """Events hidden from training: each user's last two (validation, test), all from `sequences.validation_from`
+    on (targets are a user's first of the validation and of the test period), or none for a production refit."""
     warm_start: bool = False
     """Begin with the weights of the last model published before this night; refused if its ID space or its
     shape is another."""
@@ -299,7 +356,7 @@ class TrainingSettings(Section):
     """Tokens that a worker computes at once, which sets memory; its share of a global batch is accumulated over
     several such batches if it holds more; empty: 16,384 on a CPU and 262,144 on a GPU."""
     validation_users: CountOrZero = 2000
-    """Users whose second to last event is ranked at each checkpoint (beam 20); the checkpoint of the best NDCG@10
+    """Users whose validation event is ranked at each checkpoint (beam 20); the checkpoint of the best NDCG@10
     becomes the model. 0, or `holdout` none: the last one does."""
     patience: Count | None = None
     """Stop after so many checkpoints without a better NDCG@10; empty: never."""
@@ -345,11 +402,17 @@ class EvaluationSettings(Section):
     """Full ranking, item level, on the event that training never saw."""
 
     split: Literal["test", "validation"] = "test"
-    """Which hidden event is the target: the last of each user, or the one before it."""
+    """Which hidden event is the target: the one that `training.holdout` keeps for the test, or for validation."""
     ks: tuple[Count, ...] = (5, 10)
     """Cut-offs of Recall@K and NDCG@K."""
     max_users: Count | None = None
-    """Evaluate about so many users, chosen by a hash of the shard and row; empty: everybody."""
+    """Evaluate about so many users, chosen by a hash of the user; empty: everybody."""
+    exclude_history: bool = False
+    """Mask each user's history: none of its items is ranked, and a target that is among them cannot be hit."""
+    max_history: Count | None = None
+    """Most recent events that a ranker is given; it may read fewer (`model.max_history`). Empty: all."""
+    unseen_targets: Literal["keep", "drop"] = "keep"
+    """Targets without an event that training saw: count them, as misses most of the time, or leave their users out."""
     min_ratio_to_popularity: Annotated[float, Field(ge=0.0)] = 1.0
     """Quality gate: NDCG at the largest K must be at least this many times popularity's."""
     max_drop: Share = 0.2
@@ -457,7 +520,18 @@ class Settings(BaseSettings):
         if training.patience and (not training.validation_users or training.holdout == "none"):
             raise ValueError(
                 "training.patience waits for a better NDCG@10, which needs training.validation_users above 0 "
-                "and training.holdout 'leave_one_out'"
+                "and training.holdout 'leave_one_out' or 'time'"
+            )
+        if training.holdout == "time" and self.sequences.validation_from is None:
+            raise ValueError(
+                "training.holdout is 'time', so sequences.validation_from and sequences.test_from must say where "
+                "the validation and the test period begin"
+            )
+        if self.sequences.validation_from is not None and self.events.timestamp_unit == "position":
+            raise ValueError(
+                "sequences.validation_from and sequences.test_from are moments, but events.timestamp_unit is "
+                "'position': a position orders the events of one user and says nothing of when they were. Name a "
+                "column with times in events.timestamp; the positions can still decide ties (events.ties 'column')"
             )
         return self
 
@@ -530,10 +604,13 @@ def _split_config_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(_expand(file.read_text(encoding="utf-8"), file)) or {}
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise SettingsError(f"cannot read settings file {file}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    text = _expand(text, file)
+    try:
+        values = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a day like 2014-02-30
         raise SettingsError(f"settings file {file} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise SettingsError(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from functools import reduce
 from typing import Any
 
 import pyarrow as pa
@@ -50,33 +51,31 @@ def run(settings: Settings, storage: Storage, catalog: Manifest) -> StageResult:
 
 def read_events(files: Sequence[InputFile], settings: EventsSettings) -> ray.data.Dataset:
     """The wanted columns of the events, unfiltered."""
-    columns = [settings.user_id, settings.item_id, settings.timestamp]
-    if settings.event_type is not None:
-        columns.append(settings.event_type)
-    return read_columns(files, settings.uri, columns)
+    return read_columns(files, settings.uri, _wanted(settings).values())
 
 
 def wanted_rows(batch: pa.Table, settings: EventsSettings) -> pa.Table:
-    """Events of the wanted kinds, as columns user_id, item_id and timestamp (int64 ticks of the input's unit)."""
+    """Events of the wanted kinds: user_id, item_id, timestamp (int64 ticks of the input's unit), and the place
+    among equal timestamps as column order (int64), if `events.tie` names a column."""
     if settings.event_type is not None:
         kind = batch.column(settings.event_type).cast(pa.string())
         batch = batch.filter(pc.is_in(kind, value_set=pa.array(settings.event_types)))
     timestamp = batch.column(settings.timestamp)
     if pa.types.is_date(timestamp.type):
         timestamp = timestamp.cast(pa.timestamp("ms"))
-    return pa.table(
-        {
-            "user_id": _plain(batch.column(settings.user_id)),
-            "item_id": _plain(batch.column(settings.item_id)),
-            "timestamp": timestamp.cast(pa.int64()),
-        }
-    )
+    columns = {
+        "user_id": _plain(batch.column(settings.user_id)),
+        "item_id": _plain(batch.column(settings.item_id)),
+        "timestamp": timestamp.cast(pa.int64()),
+    }
+    if settings.tie is not None:
+        columns["order"] = batch.column(settings.tie).cast(pa.int64())
+    return pa.table(columns)
 
 
 def is_complete(events: pa.Table) -> pa.ChunkedArray:
-    """True for rows that have a user, an item and a timestamp."""
-    valid = [pc.is_valid(events.column(name)) for name in ("user_id", "item_id", "timestamp")]
-    return pc.and_(pc.and_(valid[0], valid[1]), valid[2])
+    """True for rows of `wanted_rows` in which nothing is null."""
+    return reduce(pc.and_, [pc.is_valid(column) for column in events.columns])
 
 
 def catalog_item_ids(storage: Storage, catalog: Manifest) -> ray.ObjectRef:
@@ -92,10 +91,7 @@ def catalog_item_ids(storage: Storage, catalog: Manifest) -> ray.ObjectRef:
 def _compute(
     run: Run, settings: EventsSettings, storage: Storage, catalog: Manifest, files: Sequence[InputFile]
 ) -> Computed:
-    wanted = {f"events.{name}": getattr(settings, name) for name in ("user_id", "item_id", "timestamp")}
-    if settings.event_type is not None:
-        wanted["events.event_type"] = settings.event_type
-    schema, rows = read_input_schema(files, settings.uri, wanted)
+    schema, rows = read_input_schema(files, settings.uri, _wanted(settings))
     user_id_type = id_type(schema, settings.user_id, settings.uri)
     item_id_type = id_type(schema, settings.item_id, settings.uri)
     if str(item_id_type) != catalog.metadata["id_type"] and not _both_strings(item_id_type, catalog):
@@ -104,6 +100,7 @@ def _compute(
             f"{catalog.metadata['id_type']} in the catalog; no event could be matched. Write both with one type."
         )
     unit = timestamp_unit(schema, settings)
+    require_tie(schema, settings, rows)
 
     counted = read_events(files, settings).map_batches(
         _count,
@@ -147,6 +144,34 @@ def timestamp_unit(schema: pa.Schema, settings: EventsSettings) -> str:
             "set events.timestamp_unit to s, ms, us, ns or position"
         )
     return settings.timestamp_unit
+
+
+def require_tie(schema: pa.Schema, settings: EventsSettings, rows: int) -> None:
+    """Refuse a column for ties that has no order of int64 values.
+
+    Raises:
+        DataError: it is no integer, or unsigned with 64 bits.
+    """
+    if settings.tie is None:
+        return
+    found = schema.field(settings.tie).type
+    if not pa.types.is_integer(found) or found == pa.uint64():
+        raise DataError(
+            f"column {settings.tie!r} of {settings.uri} ({rows:,} rows) is {found}; events.tie must name a column of "
+            "integers that int64 can hold"
+        )
+
+
+def ticks_at(moment: datetime, unit: str) -> int:
+    """The first tick of this unit that is not before a moment, counted from 1970."""
+    microseconds = (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+    return -(-microseconds * _TICKS_PER_SECOND[unit] // 10**6)
+
+
+def _wanted(settings: EventsSettings) -> dict[str, str]:
+    """Setting -> the column of the input that it names."""
+    names = ("user_id", "item_id", "timestamp", "event_type", "tie")
+    return {f"events.{name}": column for name in names if (column := getattr(settings, name)) is not None}
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -200,9 +225,11 @@ def _judge(counts: dict[str, Any], unit: str, settings: EventsSettings) -> None:
             f"{list(settings.event_types)} (column {settings.event_type!r})"
         )
     if counts["nulls"] > settings.max_null_share * events:
+        named = (settings.user_id, settings.item_id, settings.timestamp, settings.tie)
+        columns = [repr(column) for column in named if column is not None]
         raise DataError(
-            f"{counts['nulls']:,} of {events:,} events of {where} have a null in {settings.user_id!r}, {settings.item_id!r} or "
-            f"{settings.timestamp!r}; at most {settings.max_null_share:.1%} may (events.max_null_share)"
+            f"{counts['nulls']:,} of {events:,} events of {where} have a null in {', '.join(columns[:-1])} or {columns[-1]}; "
+            f"at most {settings.max_null_share:.1%} may (events.max_null_share)"
         )
     complete = events - counts["nulls"]
     if counts["unknown"] > settings.max_unknown_share * complete:

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from tiger_ray.beam_search import ranges
 from tiger_ray.errors import DataError
 from tiger_ray.hashing import mixed
-from tiger_ray.histories import HELD_OUT, training_lengths, user_shards
+from tiger_ray.histories import columns_for, cuts_of, user_shards
 from tiger_ray.storage import FileEntry, Manifest, Storage
 
 BATCHES_PER_GROUP = 64
@@ -349,10 +349,11 @@ def read_histories(
     item_index_E = np.empty(sum(entry.facts["events"] for entry in shards), np.int32)
     num_events, num_examples, ends, hashes = 0, 0, [], []
     for entry in shards:
-        table = storage.read_table(sequences, entry, columns=["history", "user_hash"]).combine_chunks()
+        columns = [*columns_for(holdout), "user_hash"]
+        table = storage.read_table(sequences, entry, columns=columns).combine_chunks()
         history = table.column("history").combine_chunks()
         whole_U = np.diff(history.offsets.to_numpy()).astype(np.int64)
-        seen_U = training_lengths(whole_U, HELD_OUT if holdout == "leave_one_out" else 0)
+        seen_U = cuts_of(table, holdout).seen_B
         useful_U = seen_U > 1
         seen_U = np.where(useful_U, seen_U, 0)
         # One byte per event; indices would take eight.

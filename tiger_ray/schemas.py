@@ -17,6 +17,10 @@ ID_TYPES = (pa.string(), pa.large_string(), pa.int64())
 SOURCES = ("generated", "fallback")
 """Where a recommended item came from: the model, or popularity (for users the model knows nothing of)."""
 
+MOMENTS = ("events_before_validation", "events_before_test")
+"""Columns of a user shard where `sequences.validation_from` and `.test_from` are set: how many events of the
+history, its oldest ones, are from before each."""
+
 
 def catalog(id_type: pa.DataType, vector_type: pa.DataType | None = None) -> pa.Schema:
     """One row per item, sorted by item_id within a file; `text` is never null, but may be empty."""
@@ -52,24 +56,46 @@ def exported_semantic_ids(id_type: pa.DataType) -> pa.Schema:
     )
 
 
-def sequences(id_type: pa.DataType) -> pa.Schema:
+def sequences(id_type: pa.DataType, *, has_moments: bool = False) -> pa.Schema:
     """One row per user; `history` is oldest first and may be empty."""
+    fields = [
+        pa.field("user_id", id_type, nullable=False),
+        pa.field("user_hash", pa.uint64(), nullable=False),
+        pa.field("history", pa.list_(pa.int32()), nullable=False),
+    ]
+    moments = [pa.field(name, pa.int32(), nullable=False) for name in MOMENTS if has_moments]
+    return pa.schema([*fields, *moments])
+
+
+def popularity(*, has_moments: bool = False) -> pa.Schema:
+    """The most popular items, most popular first, counted over all events and over those training sees.
+
+    `training_events` are those that leave-one-out lets training see, `training_events_time` those of the time
+    split, if it is set.
+    """
+    fields = [
+        pa.field("item_index", pa.int32(), nullable=False),
+        pa.field("events", pa.int64(), nullable=False),
+        pa.field("training_events", pa.int64(), nullable=False),
+    ]
+    time = [pa.field("training_events_time", pa.int64(), nullable=False)] if has_moments else []
+    return pa.schema([*fields, *time])
+
+
+def ranked_lists(num_places: int) -> pa.Schema:
+    """One row per user with a held-out event; `items` are item_index, best first, -1 after the last.
+
+    `history_length` counts the events that the ranker was given, `popularity_rank` is that of the target among the
+    most popular items, one more than there are places if it is not there.
+    """
     return pa.schema(
         [
-            pa.field("user_id", id_type, nullable=False),
             pa.field("user_hash", pa.uint64(), nullable=False),
-            pa.field("history", pa.list_(pa.int32()), nullable=False),
-        ]
-    )
-
-
-def popularity() -> pa.Schema:
-    """The most popular items, most popular first, counted over all events and over those training sees."""
-    return pa.schema(
-        [
-            pa.field("item_index", pa.int32(), nullable=False),
-            pa.field("events", pa.int64(), nullable=False),
-            pa.field("training_events", pa.int64(), nullable=False),
+            pa.field("target", pa.int32(), nullable=False),
+            pa.field("history_length", pa.int32(), nullable=False),
+            pa.field("target_in_history", pa.bool_(), nullable=False),
+            pa.field("popularity_rank", pa.int32(), nullable=False),
+            pa.field("items", pa.list_(pa.int32(), num_places), nullable=False),
         ]
     )
 

@@ -9,7 +9,8 @@ E events.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +19,10 @@ import ray
 
 from tiger_ray import schemas
 from tiger_ray.config import EventsSettings, SequencesSettings, Settings
-from tiger_ray.events import is_complete, read_events, wanted_rows
+from tiger_ray.errors import DataError
+from tiger_ray.events import is_complete, read_events, ticks_at, wanted_rows
 from tiger_ray.hashing import shard_of, stable_hash
-from tiger_ray.histories import HELD_OUT, num_examples, training_lengths
+from tiger_ray.histories import POPULARITY_COLUMNS, columns_for, cuts_of, holdouts
 from tiger_ray.registry import load_semantic_ids, registry_of
 from tiger_ray.shards import plain_errors, shard_name, write_partitions
 from tiger_ray.stage import Computed, StageResult, run_stage
@@ -32,7 +34,11 @@ NUM_POPULAR = 1000
 
 
 def run(settings: Settings, storage: Storage, events: Manifest, semantic_ids: Manifest) -> StageResult:
-    """Publish the artifact `sequences`: user shards and `popularity.parquet`."""
+    """Publish the artifact `sequences`: user shards and `popularity.parquet`.
+
+    Raises:
+        DataError: a time split is set, and nobody has an event to be tested on.
+    """
     return run_stage(
         storage,
         settings,
@@ -43,19 +49,23 @@ def run(settings: Settings, storage: Storage, events: Manifest, semantic_ids: Ma
     )
 
 
-def histories_of(events: pa.Table, max_events: int) -> pa.Table:
+def histories_of(events: pa.Table, max_events: int, moments: tuple[int, int] | None = None) -> pa.Table:
     """Group one shard's events into histories; an exact repeat of an event counts once.
 
+    A repeat has user, item and timestamp of another event. With a column `order`, the first of them counts.
+
     Args:
-        events: user_id, timestamp int64, tie int32, item_index int32 (-1: unknown item).
+        events: user_id, timestamp int64, tie int32, item_index int32 (-1: unknown item); and order int64, if
+            that comes before tie among equal timestamps.
         max_events: most recent events kept per user.
+        moments: ticks at which the validation and the test period of the time split begin, if it is set.
 
     Returns:
         `schemas.sequences` rows sorted by user_id.
     """
-    events = events.sort_by(
-        [("user_id", "ascending"), ("timestamp", "ascending"), ("tie", "ascending")]
-    ).combine_chunks()
+    has_order = "order" in events.column_names
+    keys = ["user_id", "timestamp", "tie", *(["order"] if has_order else [])]
+    events = events.sort_by([(key, "ascending") for key in keys]).combine_chunks()
     user_id = events.column("user_id").combine_chunks()
     item_index = events.column("item_index").to_numpy()
     timestamp = events.column("timestamp").to_numpy()
@@ -66,29 +76,68 @@ def histories_of(events: pa.Table, max_events: int) -> pa.Table:
         ~new_user[1:] & (item_index[1:] == item_index[:-1]) & (timestamp[1:] == timestamp[:-1]) & known[1:]
     )
 
-    user = np.cumsum(new_user) - 1
     keep = known & ~repeat
     users = user_id.filter(pa.array(new_user))
+    user, item_index, timestamp = (np.cumsum(new_user) - 1)[keep], item_index[keep], timestamp[keep]
+    if has_order:
+        # Only here: above, the repeats of an event stand beside it. Equal ones stay in the order of tie.
+        order = events.column("order").to_numpy()[keep]
+        item_index = item_index[np.lexsort((order, timestamp, user))]
     # Place of each kept event counted from its user's newest, 0-based.
-    lengths = np.bincount(user[keep], minlength=len(users))
-    from_end = np.repeat(np.cumsum(lengths), lengths) - 1 - np.arange(keep.sum())
+    lengths = np.bincount(user, minlength=len(users))
+    from_end = np.repeat(np.cumsum(lengths), lengths) - 1 - np.arange(len(user))
     recent = from_end < max_events
-    history = item_index[keep][recent]
+    history = item_index[recent]
     offsets = np.concatenate([[0], np.cumsum(np.minimum(lengths, max_events))]).astype(np.int32)
+    before = [
+        np.bincount(user[recent & (timestamp < moment)], minlength=len(users)) for moment in moments or ()
+    ]
     return pa.table(
         [
             users,
             pa.array(stable_hash(users)),
             pa.ListArray.from_arrays(pa.array(offsets), pa.array(history, pa.int32())),
+            *(pa.array(count, pa.int32()) for count in before),
         ],
-        schema=schemas.sequences(users.type),
+        schema=schemas.sequences(users.type, has_moments=moments is not None),
     )
+
+
+def seen_events(users: pa.Table, num_items: int, holdouts: Sequence[str]) -> np.ndarray:
+    """Events of each item that each holdout lets training see, (holdouts, items) int64.
+
+    Args:
+        users: rows of a user shard, with the columns that these holdouts need.
+        num_items: items ever registered.
+        holdouts: their names.
+    """
+    history = users.column("history").combine_chunks()
+    lengths = pc.list_value_length(history).to_numpy()
+    items = history.flatten().to_numpy()
+    place = np.arange(len(items)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    seen = (place < np.repeat(cuts_of(users, holdout).seen_B, lengths) for holdout in holdouts)
+    return np.stack([np.bincount(items[some], minlength=num_items) for some in seen])
+
+
+def popularity_of(counts: Mapping[str, np.ndarray]) -> pa.Table:
+    """The items that are most popular by any of these counts, as rows of `schemas.popularity`.
+
+    Args:
+        counts: holdout -> events of each item that training may see, (items,) int64.
+    """
+    tops = {holdout: np.argsort(-count, kind="stable")[:NUM_POPULAR] for holdout, count in counts.items()}
+    top = tops.pop("none")
+    kept = np.concatenate([top, np.setdiff1d(np.concatenate(list(tops.values())), top)])
+    columns = {POPULARITY_COLUMNS[holdout]: count[kept] for holdout, count in counts.items()}
+    columns["item_index"] = kept.astype(np.int32)
+    schema = schemas.popularity(has_moments="time" in counts)
+    return pa.table([pa.array(columns[name]) for name in schema.names], schema=schema)
 
 
 def prepare_events(
     batch: pa.Table, events: EventsSettings, sequences: SequencesSettings, items: pa.Table
 ) -> pa.Table:
-    """Events of one block, ready for the shuffle: shard, user_id, timestamp, tie, item_index.
+    """Events of one block, ready for the shuffle: shard, user_id, timestamp, tie, item_index, and perhaps order.
 
     Args:
         batch: rows of the input.
@@ -108,6 +157,7 @@ def prepare_events(
         {
             "user_id": users,
             "timestamp": pa.repeat(pa.scalar(0, pa.int64()), len(users)),
+            "order": pa.repeat(pa.scalar(0, pa.int64()), len(users)),
             "item_index": pa.repeat(pa.scalar(-1, pa.int32()), len(users)),
         }
     )
@@ -125,7 +175,7 @@ def _most_recent(rows: pa.Table, max_events: int) -> pa.Table:
     if rows.num_rows <= max_events:
         return rows
     # Repeats go first: they would push older events out, and other ones wherever the blocks are cut.
-    rows = rows.group_by(rows.column_names, use_threads=False).aggregate([])
+    rows = _without_repeats(rows)
     rows = rows.sort_by([("user_id", "ascending"), ("timestamp", "ascending")]).combine_chunks()
     new_user = _differs_from_previous(rows.column("user_id").combine_chunks())
     lengths = np.diff(np.append(np.flatnonzero(new_user), rows.num_rows))
@@ -133,6 +183,14 @@ def _most_recent(rows: pa.Table, max_events: int) -> pa.Table:
     timestamp = rows.column("timestamp").to_numpy()
     oldest_kept = np.maximum(ends - max_events, ends - np.repeat(lengths, lengths))
     return rows.filter(pa.array(timestamp >= timestamp[oldest_kept]))
+
+
+def _without_repeats(rows: pa.Table) -> pa.Table:
+    """One row for each event, the first in the column `order` if there is one."""
+    keys = [name for name in rows.column_names if name != "order"]
+    firsts = [("order", "min")] if "order" in rows.column_names else []
+    rest = rows.group_by(keys, use_threads=False).aggregate(firsts)
+    return rest.rename_columns([*keys, *(name for name, _ in firsts)]).select(rows.column_names)
 
 
 def _differs_from_previous(values: pa.Array) -> np.ndarray:
@@ -156,21 +214,39 @@ def _compute(
         batch_size=None,
         batch_format="pyarrow",
     )
+    chosen = settings.sequences
+    moments = _moments(chosen, events.metadata["timestamp_unit"])
     entries = write_partitions(
-        shuffled, _Finish(run, settings.sequences.max_events), num_shards=settings.sequences.num_shards
+        shuffled, _Finish(run, chosen.max_events, moments), num_shards=chosen.num_shards
     )
     users = sum(entry.rows for entry in entries)
-    facts = {
-        name: sum(int(entry.facts[name]) for entry in entries)
-        for name in ("events", "users_without_history", "examples_leave_one_out", "examples_none")
+    facts: dict[str, Any] = {
+        name: sum(int(entry.facts[name]) for entry in entries) for name in entries[0].facts
     }
-    entries.append(_write_popularity(run, entries, storage, int(semantic_ids.metadata["items"])))
+    summary = f"{users:,} users, {facts['events']:,} of {events.metadata['events']:,} events kept"
+    if moments is not None:
+        if not facts["test_users"]:
+            raise DataError(
+                f"none of {users:,} users of {settings.events.uri} ({facts['events']:,} events) has an event from "
+                f"sequences.test_from {chosen.test_from} on and one before it; choose moments within the events"
+            )
+        summary += f", {facts['validation_users']:,} users to validate on and {facts['test_users']:,} to test"
+        facts |= chosen.model_dump(mode="json", include={"validation_from", "test_from"})
+    num_items = int(semantic_ids.metadata["items"])
+    entries.append(_write_popularity(run, entries, num_items, has_moments=moments is not None))
     return entries, {
-        "summary": f"{users:,} users, {facts['events']:,} of {events.metadata['events']:,} events kept",
+        "summary": summary,
         "users": users,
         "user_id_type": events.metadata["user_id_type"],
         **facts,
     }
+
+
+def _moments(settings: SequencesSettings, unit: str) -> tuple[int, int] | None:
+    """The first ticks of the validation and the test period, if a time split is set."""
+    if settings.validation_from is None or settings.test_from is None:
+        return None
+    return ticks_at(settings.validation_from, unit), ticks_at(settings.test_from, unit)
 
 
 def _item_table(storage: Storage, semantic_ids: Manifest, ties: str, seed: int) -> pa.Table:
@@ -178,10 +254,10 @@ def _item_table(storage: Storage, semantic_ids: Manifest, ties: str, seed: int) 
     item_id = load_semantic_ids(storage, semantic_ids).item_id
     if isinstance(item_id, pa.ChunkedArray):
         item_id = item_id.combine_chunks()
-    if ties == "item_id":
-        order = pc.sort_indices(item_id).to_numpy()
-    else:
+    if ties == "shuffled":
         order = np.argsort(stable_hash(item_id) ^ np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64), kind="stable")
+    else:
+        order = pc.sort_indices(item_id).to_numpy()
     tie = np.empty(len(order), np.int32)
     tie[order] = np.arange(len(order), dtype=np.int32)
     return pa.table({"item_id": item_id, "tie": tie})
@@ -190,45 +266,41 @@ def _item_table(storage: Storage, semantic_ids: Manifest, ties: str, seed: int) 
 class _Finish:
     """Group and write one shard of users."""
 
-    def __init__(self, run: Run, max_events: int) -> None:
-        self._run, self._max_events = run, max_events
+    def __init__(self, run: Run, max_events: int, moments: tuple[int, int] | None) -> None:
+        self._run, self._max_events, self._moments = run, max_events, moments
 
     def __call__(self, rows: pa.Table, shard: int) -> FileEntry:
-        table = histories_of(rows, self._max_events)
+        table = histories_of(rows, self._max_events, self._moments)
         lengths = pc.list_value_length(table.column("history"))
         facts = {
             "events": pc.sum(lengths).as_py(),
             "users_without_history": pc.sum(pc.equal(lengths, 0)).as_py(),
         }
-        for holdout, held_out in (("leave_one_out", HELD_OUT), ("none", 0)):
-            facts[f"examples_{holdout}"] = num_examples(lengths.to_numpy(), held_out)
+        for holdout in holdouts(self._moments is not None):
+            facts[f"examples_{holdout}"] = cuts_of(table, holdout).num_examples
+        if self._moments is not None:
+            cuts = cuts_of(table, "time")
+            facts["validation_users"] = int((cuts.validation_at_B >= 0).sum())
+            facts["test_users"] = int((cuts.test_at_B >= 0).sum())
         return self._run.write_table(shard_name(shard), table, facts=facts)
 
 
-def _write_popularity(run: Run, shards: Sequence[FileEntry], storage: Storage, num_items: int) -> FileEntry:
+def _write_popularity(
+    run: Run, shards: Sequence[FileEntry], num_items: int, *, has_moments: bool
+) -> FileEntry:
     """Count item popularity in a few tasks, each over many shards, and keep the top of the list."""
+    names = holdouts(has_moments)
+    columns = columns_for("time" if has_moments else "none")
 
     def count(part: Sequence[FileEntry]) -> np.ndarray:
-        total = np.zeros((2, num_items), np.int64)
+        total = np.zeros((len(names), num_items), np.int64)
         for entry in part:
-            history = run.read_table(entry, columns=["history"]).column("history").combine_chunks()
-            lengths = pc.list_value_length(history).to_numpy()
-            items = history.flatten().to_numpy()
-            place = np.arange(len(items)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-            seen = place < np.repeat(training_lengths(lengths, HELD_OUT), lengths)
-            total += np.stack(
-                [np.bincount(items, minlength=num_items), np.bincount(items[seen], minlength=num_items)]
-            )
+            total += seen_events(run.read_table(entry, columns=columns), num_items, names)
         return total
 
     def finish(*parts: np.ndarray) -> FileEntry:
-        events, training_events = np.sum(parts, axis=0)
-        top = np.argsort(-events, kind="stable")[:NUM_POPULAR]
-        training_top = np.argsort(-training_events, kind="stable")[:NUM_POPULAR]
-        kept = np.concatenate([top, np.setdiff1d(training_top, top)]).astype(np.int32)
-        columns = [kept, events[kept], training_events[kept]]
-        table = pa.table([pa.array(column) for column in columns], schema=schemas.popularity())
-        return run.write_table("popularity.parquet", table)
+        counts = dict(zip(names, np.sum(parts, axis=0), strict=True))
+        return run.write_table("popularity.parquet", popularity_of(counts))
 
     num_tasks = min(8, len(shards))
     parts = [ray.remote(count).remote(list(shards[task::num_tasks])) for task in range(num_tasks)]

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -138,12 +139,63 @@ def test_a_date_that_is_no_day_is_refused(night):
             "events: {uri: /e, event_type: kind}\n",
             r"events\.event_type and events\.event_types must be given together",
         ),
+        (
+            "events: {uri: /e, ties: column}\n",
+            r"events\.ties is 'column', so events\.tie must name the column",
+        ),
+        (
+            "events: {uri: /e, tie: place}\n",
+            r"events\.tie names the column 'place', but events\.ties is 'item_id' .* set events\.ties to 'column'",
+        ),
+        (
+            "events: {uri: /e, ties: column, tie: timestamp}\n",
+            r"events\.tie is the column of events\.timestamp, 'timestamp', which cannot tell equal timestamps",
+        ),
+        (
+            "sequences: {test_from: 2014-04-01}\n",
+            r"sequences\.validation_from and sequences\.test_from must be given together",
+        ),
+        (
+            "sequences: {validation_from: 2014-04-01, test_from: 2014-04-01T00:00:00Z}\n",
+            r"validation_from 2014-04-01 00:00:00\+00:00 must be before sequences\.test_from 2014-04-01 00:00:00",
+        ),
+        (
+            "training: {holdout: time}\n",
+            r"training\.holdout is 'time', so sequences\.validation_from and sequences\.test_from must say where",
+        ),
+        (
+            "events: {uri: /e, timestamp_unit: position}\n"
+            "sequences: {validation_from: 2014-03-01, test_from: 2014-04-01}\n",
+            r"are moments, but events\.timestamp_unit is 'position': .* nothing of when they were\. Name a column",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused_with_the_remedy(night, yaml, message):
     required = REQUIRED if "events:" not in yaml else "storage: {root: /r}\ncatalog: {uri: /c}\n"
     with pytest.raises(SettingsError, match=message):
         night(yaml, required=required)
+
+
+@pytest.mark.parametrize(
+    "written", ["2014-03-01", "2014-03-01T00:00:00", "2014-03-01T00:00:00Z", "2014-03-01T01:30:00+01:30"]
+)
+def test_a_moment_is_the_same_however_it_is_written(night, written):
+    day = datetime(2014, 3, 1, tzinfo=UTC)
+    by_file = night(f"sequences: {{validation_from: {written}, test_from: 2014-04-01}}\n")
+    by_words = night("", "--sequences.validation_from", written, "--sequences.test_from", "2014-04-01")
+    assert by_file.sequences.validation_from == by_words.sequences.validation_from == day
+    assert by_file.sequences.fingerprint() == by_words.sequences.fingerprint()
+    assert by_file.sequences.fingerprint()["validation_from"] == "2014-03-01T00:00:00Z"
+    assert Settings(**by_file.resolved()) == by_file
+
+
+@pytest.mark.parametrize("written", ["1393632000", "20140301", "March 2014", "2014-02-30"])
+def test_a_moment_that_is_neither_a_day_nor_a_time_is_refused(night, written):
+    message = r"validation_from: (must be a day or a time like 2014-01-01 or|day is out of range)"
+    with pytest.raises(SettingsError, match=message):
+        night("sequences: {test_from: 2014-04-01}\n", "--sequences.validation_from", written)
+    with pytest.raises(SettingsError, match=rf"{message}|night\.yaml is not YAML: day is out of range"):
+        night(f"sequences: {{validation_from: {written}, test_from: 2014-04-01}}\n")
 
 
 def test_settings_cannot_be_changed_afterwards(night):

@@ -2,13 +2,24 @@
 
 import re
 from datetime import UTC, date, datetime
+from fractions import Fraction
 
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tiger_ray.config import EventsSettings
 from tiger_ray.errors import DataError
-from tiger_ray.events import _add, _judge, is_complete, timestamp_unit, wanted_rows
+from tiger_ray.events import (
+    _add,
+    _judge,
+    is_complete,
+    require_tie,
+    ticks_at,
+    timestamp_unit,
+    wanted_rows,
+)
 
 SECOND_2026 = int(datetime(2026, 11, 23, tzinfo=UTC).timestamp())
 
@@ -85,6 +96,41 @@ def test_a_row_is_complete_if_nothing_of_it_is_null():
         }
     )
     assert is_complete(table).to_pylist() == [True, False, False, False]
+    placed = table.append_column("order", pa.array([None, 1, 1, 1], pa.int64()))
+    assert is_complete(placed).to_pylist() == [False] * 4
+
+
+def test_the_column_that_decides_ties_is_read_as_order():
+    table = {"user_id": ["u"], "item_id": ["i"], "timestamp": [3], "place": pa.array([7], pa.int8())}
+    assert rows(table, ties="column", tie="place") == [
+        {"user_id": "u", "item_id": "i", "timestamp": 3, "order": 7}
+    ]
+    assert rows(table) == [{"user_id": "u", "item_id": "i", "timestamp": 3}]
+
+
+@pytest.mark.parametrize("type", [pa.float64(), pa.string(), pa.uint64(), pa.null()], ids=str)
+def test_a_tie_column_that_holds_no_integers_is_refused_with_its_rows(type):
+    chosen = events_settings(ties="column", tie="place")
+    with pytest.raises(
+        DataError,
+        match=rf"column 'place' of /events \(1,234 rows\) is {type}; events\.tie must name a column of integers",
+    ):
+        require_tie(pa.schema([("place", type)]), chosen, 1234)
+    for good in (pa.int8(), pa.uint32(), pa.int64()):
+        require_tie(pa.schema([("place", good)]), chosen, 1234)
+    require_tie(pa.schema([("place", type)]), events_settings(), 1234)
+
+
+@given(
+    st.datetimes(datetime(1900, 1, 1), datetime(2200, 1, 1)),
+    st.sampled_from([("s", 1), ("ms", 10**3), ("us", 10**6), ("ns", 10**9)]),
+)
+def test_a_moment_begins_at_the_first_tick_that_is_not_before_it(moment, unit):
+    since = moment - datetime(1970, 1, 1)
+    seconds = Fraction(since.days * 86_400 + since.seconds) + Fraction(since.microseconds, 10**6)
+    name, ticks_per_second = unit
+    first = ticks_at(moment.replace(tzinfo=UTC), name)
+    assert Fraction(first - 1, ticks_per_second) < seconds <= Fraction(first, ticks_per_second)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +208,13 @@ def test_events_exactly_at_the_limits_pass_and_one_more_does_not():
 def test_too_many_bad_events_are_refused_with_numbers_and_setting(changed, message):
     with pytest.raises(DataError, match=message):
         _judge(counts(**changed), "s", events_settings())
+
+
+def test_a_null_in_the_tie_column_counts_as_one_in_any_other():
+    with pytest.raises(
+        DataError, match=r"have a null in 'user_id', 'item_id', 'timestamp' or 'place'; at most"
+    ):
+        _judge(counts(nulls=11), "s", events_settings(ties="column", tie="place"))
 
 
 def test_events_of_no_wanted_kind_are_refused():

@@ -46,3 +46,26 @@ def test_beauty_histories_are_the_published_sequences():
     ordered = events.sort_by([("user_id", "ascending"), ("timestamp", "ascending")])
     expected = pc.index_in(ordered.column("item_id"), value_set=item_id).cast(pa.int32())
     assert histories.column("history").combine_chunks().flatten().equals(expected.combine_chunks())
+
+
+def test_beauty_in_days_with_ties_by_position_gives_the_published_sequences():
+    events = beauty("interactions.parquet")
+    undated = pc.unique(events.filter(pc.is_null(events.column("unix_time"))).column("user_id"))
+    dated = events.filter(pc.invert(pc.is_in(events.column("user_id"), value_set=undated)))
+    assert len(undated) == 162
+    item_id = pc.unique(events.column("item_id"))
+    items = pa.table({"item_id": item_id, "tie": np.arange(len(item_id), dtype=np.int32)})
+    by_day = EventsSettings(
+        uri="unused", timestamp="unix_time", timestamp_unit="s", ties="column", tie="timestamp"
+    )
+    shuffled = events.take(np.random.default_rng(0).permutation(events.num_rows))
+
+    rows = prepare_events(shuffled, by_day, SequencesSettings(num_shards=1), items)
+    histories = histories_of(rows.drop_columns(["shard"]), 1000)
+
+    whole = histories.filter(pc.invert(pc.is_in(histories.column("user_id"), value_set=undated)))
+    ordered = dated.sort_by([("user_id", "ascending"), ("timestamp", "ascending")])
+    expected = pc.index_in(ordered.column("item_id"), value_set=item_id).cast(pa.int32())
+    assert whole.num_rows == 22_363 - 162
+    assert whole.column("user_id").combine_chunks().equals(pc.unique(ordered.column("user_id")))
+    assert whole.column("history").combine_chunks().flatten().equals(expected.combine_chunks())

@@ -4,14 +4,12 @@ from collections import defaultdict
 
 import numpy as np
 import pyarrow as pa
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiger_ray import schemas
 from tiger_ray.config import EventsSettings, SequencesSettings
 from tiger_ray.hashing import shard_of, stable_hash
-from tiger_ray.histories import num_examples, training_lengths
 from tiger_ray.sequences import histories_of, prepare_events
 
 ITEMS = ["i0", "i1", "i2", "i3", "i4"]
@@ -23,21 +21,27 @@ def item_table(ids=ITEMS, ties=TIES, type=None):
 
 
 def event_table(events, user_type=None, item_type=None):
-    users, items, times = zip(*events, strict=True) if events else ((), (), ())
-    return pa.table(
-        {
-            "user_id": pa.array(users, user_type or pa.string()),
-            "item_id": pa.array(items, item_type or pa.string()),
-            "timestamp": pa.array(times, pa.int64()),
-        }
-    )
+    """Events of three values, or of four: the last is the place in the log."""
+    users, items, times, *placed = zip(*events, strict=True) if events else ((), (), (), ())
+    columns = {
+        "user_id": pa.array(users, user_type or pa.string()),
+        "item_id": pa.array(items, item_type or pa.string()),
+        "timestamp": pa.array(times, pa.int64()),
+    }
+    if placed:
+        columns["place"] = pa.array(placed[0], pa.int32())
+    return pa.table(columns)
 
 
-def histories(blocks, max_events, num_shards=2, items=None, **types):
+PLAIN = EventsSettings(uri="/e")
+BY_PLACE = EventsSettings(uri="/e", ties="column", tie="place")
+
+
+def histories(blocks, max_events, num_shards=2, items=None, settings=PLAIN, **types):
     """user_id -> history as item_index, through `prepare_events` per block and `histories_of` per shard."""
     chosen = SequencesSettings(num_shards=num_shards, max_events=max_events)
     prepared = pa.concat_tables(
-        prepare_events(event_table(block, **types), EventsSettings(uri="/e"), chosen, items or item_table())
+        prepare_events(event_table(block, **types), settings, chosen, items or item_table())
         for block in blocks
     )
     found = {}
@@ -102,6 +106,52 @@ def test_events_of_one_moment_are_ordered_by_tie_not_by_arrival():
     assert histories([block], 9) == histories([block[::-1]], 9) == {"u": by_tie}
 
 
+placed_event = st.tuples(  # few different ones, so that most are repeats but for the place
+    st.sampled_from(["u", "u", "v", None]),
+    st.sampled_from(["i0", "i1", "i4", "gone"]),
+    st.integers(0, 1),
+    st.integers(0, 9) | st.none(),
+)
+
+
+@given(st.lists(placed_event, max_size=30), st.lists(st.integers(0, 30), max_size=3), st.integers(3, 5))
+@settings(max_examples=100, deadline=None)
+def test_histories_with_ties_by_column_equal_a_plain_sort_wherever_the_blocks_are_cut(
+    events, cuts, max_events
+):
+    first_place = {}
+    for user, item, time, place in events:
+        if user is not None and place is not None and item in ITEMS:
+            event = (user, time, ITEMS.index(item))
+            first_place[event] = min(place, first_place.get(event, place))
+    expected = {user: [] for user, _, _, place in events if user is not None and place is not None}
+    for (user, time, index), place in first_place.items():
+        expected[user].append((time, place, TIES[index], index))
+    expected = {user: [index for *_, index in sorted(rows)][-max_events:] for user, rows in expected.items()}
+
+    edges = [0, *sorted(min(cut, len(events)) for cut in cuts), len(events)]
+    blocks = [events[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    assert histories(blocks, max_events, settings=BY_PLACE) == expected
+
+
+def test_a_tie_column_orders_equal_timestamps_only_and_item_id_orders_what_is_equal_in_it():
+    block = [("u", "i0", 2, 1), ("u", "i1", 1, 9), ("u", "i2", 2, 1), ("u", "i3", 2, 0), ("u", "i4", 3, -7)]
+    assert TIES[2] > TIES[0]
+    assert histories([block], 9, settings=BY_PLACE) == {"u": [1, 3, 0, 2, 4]}
+    assert histories([block[::-1]], 9, settings=BY_PLACE) == {"u": [1, 3, 0, 2, 4]}
+
+
+def test_a_tie_column_decides_the_order_and_not_what_counts_as_a_repeat():
+    twice = [("u", "i0", 5, 1), ("u", "i1", 5, 2), ("u", "i0", 5, 3)]
+    assert histories([twice], 9, settings=BY_PLACE) == {"u": [0, 1]}
+    assert histories([twice[1:], twice[:1]], 9, settings=BY_PLACE) == {"u": [0, 1]}
+    assert histories([[*twice, ("u", "i2", 5, 4)]], 3, settings=BY_PLACE) == {"u": [0, 1, 2]}
+    # Ten repeats of the newest push nothing out, wherever the blocks are cut.
+    crowded = [("u", f"i{n}", n, 0) for n in range(3)] + [("u", "i3", 3, n) for n in range(10)]
+    for blocks in ([crowded], [crowded[:6], crowded[6:]]):
+        assert histories(blocks, 3, settings=BY_PLACE) == {"u": [1, 2, 3]}
+
+
 def test_the_same_item_at_two_times_stays_twice_and_an_exact_repeat_goes():
     assert histories([[("u", "i0", 1), ("u", "i0", 2)], [("u", "i0", 1)]], 9) == {"u": [0, 0]}
 
@@ -143,15 +193,6 @@ def test_rows_have_the_schema_of_the_artifact_and_the_hash_of_the_user():
     assert table.column("user_hash").to_pylist() == stable_hash(pa.array(["a", "b"])).tolist()
 
 
-@pytest.mark.parametrize(
-    ("held_out", "expected"),
-    [(2, [0, 1, 2, 1, 2, 8]), (0, [0, 1, 2, 3, 4, 10])],
-    ids=["leave one out", "none"],
-)
-def test_training_sees_all_but_the_last_two_events_unless_the_user_is_too_short(held_out, expected):
-    assert training_lengths(np.array([0, 1, 2, 3, 4, 10]), held_out).tolist() == expected
-
-
 def test_a_user_with_a_million_events_is_cut_before_the_shuffle():
     count = 1_000_000
     events = pa.table(
@@ -170,10 +211,3 @@ def test_a_user_with_a_million_events_is_cut_before_the_shuffle():
     prepared = prepare_events(events, *settings, items)
 
     assert sorted(prepared.column("timestamp").to_pylist()) == list(range(count - 10, count))
-
-
-def test_examples_are_the_seen_events_but_the_first():
-    lengths = np.array([0, 1, 2, 3, 4, 9])
-    assert num_examples(lengths, 0) == 0 + 0 + 1 + 2 + 3 + 8
-    # Two events: too few to hide any. Three: one is left, and predicts nothing. Four: one example.
-    assert num_examples(lengths, 2) == 0 + 0 + 1 + 0 + 1 + 6
