@@ -1,6 +1,7 @@
 """The training loop: batches of examples to weights, on one worker or on one of many.
 
-No Ray here: `training.py` starts the workers, and a bare machine with a GPU can call `fit` itself.
+It trains any network that turns histories into losses; a `Task` says how such a network reads a batch. No Ray
+here: `training.py` starts the workers, and a bare machine with a GPU can call `fit` itself.
 
 B examples of one batch, T history tokens, I id_length, N items.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,14 +26,31 @@ from tiger_ray.examples import Batch
 from tiger_ray.model import TigerModel
 from tiger_ray.precision import dtype_of
 from tiger_ray.tokens import Vocabulary, pad_histories, user_buckets
-from tiger_ray.training_log import LossWindow, TrainingLog
+from tiger_ray.training_log import LossWindow, TrainingLog, training_operations
+
+
+class Work(NamedTuple):
+    """One batch, ready for a network."""
+
+    inputs: tuple[Tensor, ...]
+    """Arguments of the network's forward, but for the label smoothing."""
+    tokens: int
+    """Tokens of the histories."""
+    padded: int
+    """The same with padding."""
+    operations: float
+    """Floating-point operations, forward and backward, without those on padding."""
+
+
+Task = Callable[[Batch], Work]
+"""How a network reads a batch."""
 
 
 def fit(
-    network: TigerModel | DistributedDataParallel,
+    network: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Iterator[Sequence[Batch]],
-    codes_NI: npt.NDArray[np.int16],
+    task: Task,
     settings: TrainingSettings,
     progress: Progress,
     log: TrainingLog,
@@ -45,10 +64,11 @@ def fit(
     """One worker's training loop, from `progress.step` to the last step or the end of patience.
 
     Args:
-        network: the model, wrapped for DDP where there are several workers.
+        network: the model, wrapped for DDP where there are several workers; its forward takes what `task` gives
+            and the label smoothing, and returns losses, (B, I).
         optimizer: over the parameters of the network, as it was at `progress.step`.
         batches: this worker's share of each step from `progress.step` on, in one or several parts.
-        codes_NI: Semantic IDs by item_index, (N, I) int16.
+        task: how the network reads a batch.
         settings: schedule, precision, batch size over all workers.
         progress: what is done; brought up to date at each checkpoint.
         log: gets every step.
@@ -63,27 +83,28 @@ def fit(
     """
     if progress.is_stale(settings.patience):
         return
-    model: TigerModel = network if isinstance(network, TigerModel) else network.module
-    device = model.shared.weight.device
+    model: nn.Module = network.module if isinstance(network, DistributedDataParallel) else network
+    device = next(model.parameters()).device
     dtype = dtype_of(settings.precision, device)
     loss_window = LossWindow(device)
-    # DDP averages over workers, whose shares may differ by one example
-    scale = world_size / (settings.global_batch_size * model.vocabulary.id_length)
     network.train()
     for step in range(progress.step, settings.num_steps):
         # dropout follows from the step, so resuming is exact
         torch.manual_seed(hash((seed, step, rank)) % 2**63)
         parts = next(batches)
         for left, batch in enumerate(parts, 1 - len(parts)):
-            history_BT, target_BI = (each.to(device) for each in tokens_of(batch, codes_NI, model.vocabulary))
+            work = task(batch)
+            inputs = [each.to(device) for each in work.inputs]
             with (
                 network.no_sync() if left and isinstance(network, DistributedDataParallel) else nullcontext()
             ):
                 with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                    loss_BI = network(history_BT, target_BI, settings.label_smoothing)
+                    loss_BI = network(*inputs, settings.label_smoothing)
+                # DDP averages over workers, whose shares may differ by one example
+                scale = world_size / (settings.global_batch_size * loss_BI.shape[1])
                 (loss_BI.sum() * scale).backward()
             loss_window.add(step, loss_BI)
-            log.add_batch(step, loss_BI, batch.lengths_B, history_BT.numel())
+            log.add_batch(step, loss_BI, work.tokens, work.padded, work.operations)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
         nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm)
@@ -112,6 +133,19 @@ def require_finite(model: nn.Module, step: int) -> None:
             f"a weight was not a finite number after step {step:,}, though the loss before it was; the last "
             "checkpoint is good. Lower training.learning_rate, or try training.precision fp32"
         )
+
+
+def tiger_task(model: TigerModel, codes_NI: npt.NDArray[np.int16]) -> Task:
+    """Histories and next items as Semantic IDs, which are (N, I) int16 by item_index."""
+    vocabulary = model.vocabulary
+
+    def task(batch: Batch) -> Work:
+        history_BT, target_BI = tokens_of(batch, codes_NI, vocabulary)
+        tokens_B = batch.lengths_B * vocabulary.id_length + (vocabulary.num_user_buckets > 0)
+        operations = training_operations(model, tokens_B)
+        return Work((history_BT, target_BI), int(tokens_B.sum()), history_BT.numel(), operations)
+
+    return task
 
 
 def tokens_of(batch: Batch, codes_NI: npt.NDArray[np.int16], vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:

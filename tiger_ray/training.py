@@ -5,7 +5,7 @@ the Semantic ID of that item. Which examples make up step s follows from the see
 so a resumed run continues exactly, and any number of workers sees the same global batches. The loop itself
 is `optimization.fit`.
 
-At each checkpoint the model ranks the event before the last of some users (`validation.py`); the best
+At each checkpoint the model ranks the validation event of some users (`validation.py`); the best
 checkpoint becomes the model.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import date as calendar_date
 from datetime import timedelta
 from functools import partial
@@ -27,15 +28,17 @@ from tiger_ray.checkpoints import JUDGED_BY, STATE_FILE, Progress, load_state, s
 from tiger_ray.config import Settings
 from tiger_ray.errors import ArtifactError, DataError, StorageError
 from tiger_ray.examples import Examples
+from tiger_ray.histories import require_holdout
 from tiger_ray.model import TigerModel
-from tiger_ray.optimization import fit, make_optimizer
+from tiger_ray.optimization import Task, fit, make_optimizer, tiger_task
 from tiger_ray.precision import dtype_of
+from tiger_ray.rankers import Ranker
 from tiger_ray.registry import id_space, load_semantic_ids, registry_of
 from tiger_ray.stage import Computed, StageResult, run_stage
-from tiger_ray.storage import Manifest, Run, Storage
+from tiger_ray.storage import FileEntry, Manifest, Run, Storage
 from tiger_ray.tokens import Vocabulary
 from tiger_ray.training_log import MLflow, TensorBoard, TrainingLog, measured_peak, wants_mlflow
-from tiger_ray.validation import Validation
+from tiger_ray.validation import BeamRanker, Validation
 from tiger_ray.workers import run_workers, this_worker
 
 MODEL_FILES = ("model.safetensors", "config.json")
@@ -52,8 +55,10 @@ def run(settings: Settings, storage: Storage, sequences: Manifest, semantic_ids:
 
     Raises:
         DataError: no user has two events that training may see.
-        ArtifactError: `training.warm_start` is on, and the last model is of another ID space or shape.
+        ArtifactError: `training.warm_start` is on, and the last model is of another ID space or shape; or the
+            sequences do not know the moments of `training.holdout` time.
     """
+    require_holdout(sequences, settings.training.holdout)
     inputs = {"sequences": sequences, "semantic_ids": registry_of(semantic_ids)}
     if settings.training.warm_start:
         last = last_model(storage, settings.date)
@@ -135,34 +140,114 @@ def require_same_model(last: Manifest, settings: Settings, semantic_ids: Manifes
 def _compute(
     run: Run, settings: Settings, storage: Storage, inputs: Mapping[str, Manifest], semantic_ids: Manifest
 ) -> Computed:
-    training, sequences = settings.training, inputs["sequences"]
+    warm_start = inputs.get("warm_start")
+    arguments = {
+        "settings": settings,
+        "storage": storage,
+        "semantic_ids": semantic_ids,
+        "warm_start": warm_start,
+    }
+    entries, facts = train(run, settings, inputs["sequences"], make_tiger, arguments)
+    if warm_start is not None:
+        facts["summary"] += f", begun with the model of {warm_start.date}"
+    return entries, {
+        **facts,
+        "space": id_space(semantic_ids),
+        "level_sizes": semantic_ids.metadata["level_sizes"],
+    }
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """What the workers train, how it reads examples, and how it is judged."""
+
+    model: Any
+    """A module with `to_files`, which gives `MODEL_FILES`."""
+    task: Task
+    make_ranker: Callable[[Any, torch.device], Ranker]
+    """Of the model as it is, in evaluation mode."""
+    max_history: int
+    """Most recent items of a history that it reads."""
+    id_length: int = 1
+    """Tokens per item."""
+    user_token: bool = False
+    """There is one more token per history."""
+
+
+def make_tiger(
+    settings: Settings, storage: Storage, semantic_ids: Manifest, warm_start: Manifest | None
+) -> Trainee:
+    """The paper's model, or the last night's with tonight's settings."""
+    ids = load_semantic_ids(storage, semantic_ids)
+    vocabulary = Vocabulary(ids.level_sizes, settings.model.num_user_buckets)
+    vocabulary.require_codes(ids.codes_NI)
+    torch.manual_seed(settings.seed)
+    model = TigerModel(settings.model, vocabulary)
+    if warm_start is not None:
+        # into a model of tonight's settings: dropout and the length of histories may be others
+        model.load_state_dict(load_model(storage, warm_start, semantic_ids).state_dict())
+    make_ranker = partial(
+        BeamRanker,
+        codes_NI=ids.codes_NI,
+        eligible_N=ids.eligible_N,
+        precision=settings.training.precision,
+    )
+    return Trainee(
+        model,
+        tiger_task(model, ids.codes_NI),
+        make_ranker,
+        settings.model.max_history,
+        vocabulary.id_length,
+        vocabulary.num_user_buckets > 0,
+    )
+
+
+def train(
+    run: Run,
+    settings: Settings,
+    sequences: Manifest,
+    make_trainee: Callable[..., Trainee],
+    arguments: Mapping[str, Any],
+) -> tuple[list[FileEntry], dict[str, Any]]:
+    """Train with section `training`, by the workers of Ray Train; goes on where an earlier attempt ended.
+
+    Args:
+        run: gets the model's files and its curve.
+        settings: of the night.
+        sequences: histories.
+        make_trainee: called on each worker.
+        arguments: its keyword arguments.
+
+    Returns:
+        The files, and the facts for the manifest.
+
+    Raises:
+        DataError: no user has two events that training may see.
+        TigerError: as `run_workers`.
+    """
+    training, names = settings.training, (*MODEL_FILES, "curve.json")
     done = run.finished()
-    if not all(name in done for name in (*MODEL_FILES, "curve.json")):
+    if not all(name in done for name in names):
         if not sequences.metadata[f"examples_{training.holdout}"]:
             raise DataError(
                 f"no training example: none of {sequences.metadata['users']:,} users has two events that "
                 f"training may see (training.holdout is {training.holdout!r})"
             )
-        arguments = {
+        config = {
             "settings": settings,
-            "storage": storage,
             "sequences": sequences,
-            "semantic_ids": semantic_ids,
-            "warm_start": inputs.get("warm_start"),
+            "make_trainee": make_trainee,
+            "arguments": dict(arguments),
         }
-        run_workers(_train_worker, arguments, run=run, date=settings.date, settings=training)
+        run_workers(_train_worker, config, run=run, date=settings.date, settings=training)
         done = run.finished()
     curve = json.loads(run.read_file(done["curve.json"]))
     chosen = curve["chosen"]
     summary = f"{chosen['step']:,} steps of {training.global_batch_size}, loss {chosen['loss']:.3f}"
     if JUDGED_BY in chosen:
         summary += f", validation {JUDGED_BY} {chosen[JUDGED_BY]:.4f}, the best of {len(curve['points'])}"
-    if "warm_start" in inputs:
-        summary += f", begun with the model of {inputs['warm_start'].date}"
-    return [done[name] for name in (*MODEL_FILES, "curve.json")], {
+    return [done[name] for name in names], {
         "summary": f"{summary}, holdout {training.holdout}",
-        "space": id_space(semantic_ids),
-        "level_sizes": semantic_ids.metadata["level_sizes"],
         "holdout": training.holdout,
         **chosen,
     }
@@ -174,30 +259,22 @@ def _train_worker(config: dict[str, Any]) -> None:
     import ray.train.torch
 
     logging.disable(logging.INFO)  # Ray Train logs each report of each worker
-    run, settings, storage = config["run"], config["settings"], config["storage"]
-    sequences, training = config["sequences"], settings.training
+    run, settings, sequences = config["run"], config["settings"], config["sequences"]
+    storage, training = run.storage, settings.training
     rank, world_size, device = this_worker(training.cpus_per_worker)
     is_first = rank == 0
     if device.type == "cpu":
         keep_freed_memory()
-    ids = load_semantic_ids(storage, config["semantic_ids"])
-    vocabulary = Vocabulary(ids.level_sizes, settings.model.num_user_buckets)
-    vocabulary.require_codes(ids.codes_NI)
+    trainee: Trainee = config["make_trainee"](**config["arguments"])
+    model = trainee.model.to(device)
     examples = Examples.open(
         storage,
         sequences,
         holdout=training.holdout,
-        max_history=settings.model.max_history,
+        max_history=trainee.max_history,
         events_in_memory=training.events_in_memory,
         seed=settings.seed,
     )
-    torch.manual_seed(settings.seed)
-    model = TigerModel(settings.model, vocabulary)
-    if config["warm_start"] is not None:
-        # into a model of tonight's settings: dropout and the length of histories may be others
-        last = load_model(storage, config["warm_start"], config["semantic_ids"])
-        model.load_state_dict(last.state_dict())
-    model = model.to(device)
     optimizer = make_optimizer(model, training)
     progress = Progress()
     # the date, so that yesterday's run of the same inputs is not resumed unseen
@@ -221,9 +298,8 @@ def _train_worker(config: dict[str, Any]) -> None:
             storage,
             sequences,
             training.validation_users,
-            codes_NI=ids.codes_NI,
-            eligible_N=ids.eligible_N,
-            precision=training.precision,
+            trainee.make_ranker,
+            holdout=training.holdout,
             rank=rank,
             world_size=world_size,
         )
@@ -260,16 +336,16 @@ def _train_worker(config: dict[str, Any]) -> None:
             rank=rank,
             world_size=world_size,
             batch_tokens=training.batch_tokens or BATCH_TOKENS[device.type],
-            id_length=vocabulary.id_length,
-            user_token=vocabulary.num_user_buckets > 0,
+            id_length=trainee.id_length,
+            user_token=trainee.user_token,
         ),
-        ids.codes_NI,
+        trainee.task,
         training,
         progress,
         TrainingLog(
             training.log_every_steps,
             training.num_steps,
-            model,
+            device,
             measured_peak(device, dtype_of(training.precision, device)),
             sinks,
         ),

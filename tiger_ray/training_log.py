@@ -2,7 +2,7 @@
 
 Lines for people, TensorBoard files beside the run, and MLflow where the variable MLFLOW_TRACKING_URI is set.
 
-B examples, I id_length.
+B examples, I losses per example.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ class LossWindow:
     def __init__(self, device: torch.device) -> None:
         self._sum = torch.zeros((), dtype=torch.float64, device=device)
         self._bad_step = torch.full((), math.inf, dtype=torch.float64, device=device)
-        self._codewords = 0
+        self._count = 0
 
     def add(self, step: int, loss_BI: Tensor) -> None:
         """Count the losses, (B, I) float, of examples of step number `step`, 0-based."""
         loss = loss_BI.detach().sum()
         self._sum += loss
         self._bad_step.clamp_(max=torch.where(loss.isfinite(), math.inf, step))
-        self._codewords += loss_BI.numel()
+        self._count += loss_BI.numel()
 
     def mean(self) -> float:
-        """Mean loss per codeword, the same on every worker; the next window begins.
+        """Mean of the losses, the same on every worker; the next window begins.
 
         Raises:
             TigerError: a loss was not finite; names the first step.
         """
-        total = torch.stack([self._sum, torch.full_like(self._sum, self._codewords)])
+        total = torch.stack([self._sum, torch.full_like(self._sum, self._count)])
         if dist.is_initialized():
             dist.all_reduce(total)
             dist.all_reduce(self._bad_step, dist.ReduceOp.MIN)
@@ -63,7 +63,7 @@ class LossWindow:
                 "is good. Lower training.learning_rate, or try training.precision fp32"
             )
         self._sum.zero_()
-        self._codewords = 0
+        self._count = 0
         return float(total[0] / total[1])
 
 
@@ -74,7 +74,7 @@ class TrainingLog:
         self,
         every: int,
         num_steps: int,
-        model: TigerModel,
+        device: torch.device,
         peak: float | None = None,
         sinks: Sequence[Sink] = (),
     ) -> None:
@@ -83,14 +83,13 @@ class TrainingLog:
         Args:
             every: steps between two lines.
             num_steps: of the whole run.
-            model: that is trained.
+            device: of the model.
             peak: operations per second that a matrix product reaches on this worker; None: no share of it.
             sinks: where the numbers go beside the screen.
         """
-        self._every, self._num_steps, self._model = every, num_steps, model
+        self._every, self._num_steps, self._device = every, num_steps, device
         self._peak, self._sinks = peak, sinks
         self._is_first = not dist.is_initialized() or dist.get_rank() == 0
-        self._device = model.shared.weight.device
         self._loss = LossWindow(self._device)
         self._begin()
 
@@ -99,22 +98,18 @@ class TrainingLog:
         self._counts = torch.zeros(4, dtype=torch.float64)
         self._since = time.monotonic()
 
-    def add_batch(self, step: int, loss_BI: Tensor, lengths_B: npt.NDArray[np.int64], padded: int) -> None:
+    def add_batch(self, step: int, loss_BI: Tensor, tokens: int, padded: int, operations: float) -> None:
         """Count a batch.
 
         Args:
             step: 0-based number of the step.
-            loss_BI: loss of each codeword, (B, I) float.
-            lengths_B: items of each history, (B,).
-            padded: tokens that the encoder read, padding among them.
+            loss_BI: losses of each example, (B, I) float.
+            tokens: of the histories.
+            padded: the same with padding.
+            operations: floating-point operations, forward and backward, without those on padding.
         """
         self._loss.add(step, loss_BI)
-        vocabulary = self._model.vocabulary
-        tokens_B = lengths_B * vocabulary.id_length + (vocabulary.num_user_buckets > 0)
-        operations = training_operations(self._model, tokens_B)
-        self._counts += torch.tensor(
-            [len(lengths_B), tokens_B.sum(), padded, operations], dtype=torch.float64
-        )
+        self._counts += torch.tensor([len(loss_BI), tokens, padded, operations], dtype=torch.float64)
 
     def end_step(self, step: int, learning_rate: float) -> None:
         """Show what has gathered, if it is time."""

@@ -38,7 +38,7 @@ from tiger_ray.checkpoints import Progress
 from tiger_ray.config import TrainingSettings
 from tiger_ray.examples import BATCHES_PER_GROUP, Batch
 from tiger_ray.model import TigerModel
-from tiger_ray.optimization import fit, learning_rate, make_optimizer, tokens_of
+from tiger_ray.optimization import fit, learning_rate, make_optimizer, tiger_task, tokens_of
 from tiger_ray.tokens import PAD
 from tiger_ray.training import BATCH_TOKENS
 from tiger_ray.training_log import TrainingLog, measured_peak
@@ -193,13 +193,14 @@ class Worker:
     ) -> dict[str, float]:
         model = network if isinstance(network, TigerModel) else network.module
         seen: dict[str, float] = {}
-        log = TrainingLog(len(steps), len(steps), model, sinks=[lambda _, values: seen.update(values)])
+        device = torch.device("cpu")
+        log = TrainingLog(len(steps), len(steps), device, sinks=[lambda _, values: seen.update(values)])
         with redirect_stdout(io.StringIO()):
             fit(
                 network,
                 optimizer,
                 iter(steps),
-                self._codes_NI,
+                tiger_task(model, self._codes_NI),
                 settings,
                 Progress(),
                 log,

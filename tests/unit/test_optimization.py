@@ -11,9 +11,9 @@ from tiger_ray.config import ModelSettings, TrainingSettings
 from tiger_ray.errors import TigerError
 from tiger_ray.examples import Batch, Examples
 from tiger_ray.model import TigerModel
-from tiger_ray.optimization import fit, learning_rate, make_optimizer, tokens_of
+from tiger_ray.optimization import fit, learning_rate, make_optimizer, tiger_task, tokens_of
 from tiger_ray.tokens import Vocabulary, user_buckets
-from tiger_ray.training_log import TrainingLog
+from tiger_ray.training_log import TrainingLog, training_operations
 
 VOCABULARY = Vocabulary((4, 4, 3))
 CODES_NI = np.array([[a, b, 0] for a in range(4) for b in range(3)], np.int16)  # 12 items
@@ -44,6 +44,17 @@ def test_a_user_token_comes_first_and_is_the_users_own():
     assert history_BT[:, 1:].tolist() == [list(map(int, tokens)) for tokens in items]
     assert torch.equal(target_BI, item_tokens_NI[[1, 3, 4]])
     assert user_buckets(np.array([2**64 - 1], np.uint64), vocabulary).tolist() == [(2**64 - 1) % 5]
+
+
+def test_work_counts_user_tokens_and_codewords_with_and_without_padding():
+    model = TigerModel(TINY.model_copy(update={"num_user_buckets": 5}), Vocabulary((4, 4, 3), 5))
+    batch = Batch(
+        np.array([0, 2, 3], np.int32), np.array([1, 2]), np.zeros(2, np.uint64), np.array([1, 4], np.int32)
+    )
+    work = tiger_task(model, CODES_NI)(batch)
+    assert (work.tokens, work.padded) == (4 + 7, 2 * 7)
+    assert work.operations == training_operations(model, np.array([4, 7]))
+    assert all(map(torch.equal, work.inputs, tokens_of(batch, CODES_NI, model.vocabulary)))
 
 
 def test_the_learning_rate_rises_linearly_peaks_and_falls_to_zero_as_a_cosine():
@@ -116,10 +127,10 @@ def train(
             batch_tokens=settings.batch_tokens,
             id_length=VOCABULARY.id_length,
         ),
-        CODES_NI,
+        tiger_task(model, CODES_NI),
         settings,
         progress,
-        TrainingLog(settings.log_every_steps, settings.num_steps, model, sinks=sinks),
+        TrainingLog(settings.log_every_steps, settings.num_steps, torch.device("cpu"), sinks=sinks),
         seed=seed,
         rank=rank,
         world_size=world_size,

@@ -1,6 +1,7 @@
 """Validation ranks the event before the last of every user of one sample, whatever the number of workers."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ from tiger_ray.config import ModelSettings
 from tiger_ray.model import TigerModel
 from tiger_ray.storage import Storage
 from tiger_ray.tokens import Vocabulary
-from tiger_ray.validation import Validation
+from tiger_ray.validation import BeamRanker, Validation
 
 LEVEL_SIZES = (4, 4, 3)
 CODES_NI = np.random.default_rng(0).permutation(np.array(list(np.ndindex(*LEVEL_SIZES)), np.int16))[:40]
@@ -55,9 +56,8 @@ def loaded(sequences, num_users=10**6, rank=0, world_size=1):
     return Validation.load(
         *sequences,
         num_users,
-        codes_NI=CODES_NI,
-        eligible_N=ELIGIBLE_N,
-        precision="fp32",
+        partial(BeamRanker, codes_NI=CODES_NI, eligible_N=ELIGIBLE_N, precision="fp32"),
+        holdout="leave_one_out",
         rank=rank,
         world_size=world_size,
     )
@@ -122,9 +122,9 @@ def test_a_larger_sample_holds_the_smaller_one(tmp_path):
 
 
 def by_brute_force(model, validation):
-    """Recall and NDCG at 10 from the log-probability of every eligible item, one user at a time."""
+    """Recall, NDCG and MRR at 10 from the log-probability of every eligible item, one user at a time."""
     token_NI = model.vocabulary.item_tokens(CODES_NI)
-    gains = []
+    gains, inverses = [], []
     for user, read, target in users_of(validation):
         tokens = token_NI[read[-model.settings.max_history :]].flatten()
         if model.vocabulary.num_user_buckets:
@@ -136,7 +136,9 @@ def by_brute_force(model, validation):
         score_N[~torch.from_numpy(ELIGIBLE_N)] = -torch.inf
         rank = int((score_N > score_N[target]).sum()) + 1 if ELIGIBLE_N[target] else 99
         gains.append(1 / math.log2(rank + 1) if rank <= 10 else 0.0)
-    return {"recall@10": np.mean([gain > 0 for gain in gains]), "ndcg@10": np.mean(gains)}
+        inverses.append(1 / rank if rank <= 10 else 0.0)
+    recall = np.mean([gain > 0 for gain in gains])
+    return {"recall@10": recall, "ndcg@10": np.mean(gains), "mrr@10": np.mean(inverses)}
 
 
 @pytest.mark.parametrize("num_user_buckets", [0, 5])
