@@ -1,4 +1,4 @@
-"""Model -> Recall and NDCG beside popularity, for one night.
+"""Model -> Recall, NDCG and what it shows, beside popularity, for one night.
 
 python jobs/evaluate.py --config jobs/nightly.yaml --date 2026-11-23
 """
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 
 def main(settings: Settings, storage: Storage) -> None:
-    from tiger_ray import recommendations, report
+    from tiger_ray import harness, report
 
-    model, *others = [storage.resolve(name, settings.date) for name in ("model", "semantic_ids", "sequences")]
-    evaluated = recommendations.evaluate(settings, storage, model, *others).manifest
+    names = ("model", "semantic_ids", "sequences", "catalog")
+    model, *others = [storage.resolve(name, settings.date) for name in names]
+    evaluated = harness.evaluate(settings, storage, model, *others).manifest
     print(report.metrics_table(evaluated, model))
 
 

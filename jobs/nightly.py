@@ -25,6 +25,7 @@ def main(settings: Settings, storage: Storage) -> None:
         embeddings,
         events,
         fitting,
+        harness,
         recommendations,
         registry,
         report,
@@ -41,7 +42,7 @@ def main(settings: Settings, storage: Storage) -> None:
     model = training.run(settings, storage, histories, ids).manifest
     evaluated = None
     if settings.training.holdout != "none":
-        evaluated = recommendations.evaluate(settings, storage, model, ids, histories).manifest
+        evaluated = harness.evaluate(settings, storage, model, ids, histories, items).manifest
         recommendations.require_quality(settings, storage, evaluated)
     published = recommendations.run(settings, storage, model, ids, histories).manifest
     print()

@@ -15,12 +15,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from tiger_ray import evaluation, schemas
+from tiger_ray import schemas
 from tiger_ray.beam_search import Decoder, best_first, ranges
 from tiger_ray.config import Section, Settings
-from tiger_ray.errors import ArtifactError, DataError, QualityError
+from tiger_ray.errors import ArtifactError, QualityError
 from tiger_ray.hashing import mixed
-from tiger_ray.histories import HELD_OUT, user_shards
+from tiger_ray.histories import user_shards
 from tiger_ray.registry import load_semantic_ids
 from tiger_ray.shards import map_shards
 from tiger_ray.stage import FORMAT_VERSIONS, Computed, StageResult, run_stage
@@ -67,31 +67,6 @@ def scoring_name(settings: Settings, inputs: Mapping[str, Manifest]) -> str:
 
 def _sections(settings: Settings) -> dict[str, Section]:
     return {"decoding": settings.decoding, "recommendations": settings.recommendations}
-
-
-def evaluate(
-    settings: Settings, storage: Storage, model: Manifest, semantic_ids: Manifest, sequences: Manifest
-) -> StageResult:
-    """Publish the artifact `evaluation`: the model and popularity on the events that training never saw.
-
-    Raises:
-        ArtifactError: the model was trained on other Semantic IDs.
-        DataError: training saw all events, or no user is long enough.
-    """
-    require_same_id_space(model, semantic_ids)
-    if model.metadata["holdout"] == "none":
-        raise DataError(
-            "the model was trained on all events (training.holdout is 'none'), so there is nothing left to evaluate it on"
-        )
-    inputs = {"model": model, "semantic_ids": semantic_ids, "sequences": sequences}
-    return run_stage(
-        storage,
-        settings,
-        "evaluation",
-        inputs=inputs,
-        sections={"decoding": settings.decoding, "evaluation": settings.evaluation},
-        compute=lambda run: _compute_evaluation(run, settings, inputs),
-    )
 
 
 def require_quality(settings: Settings, storage: Storage, evaluated: Manifest) -> None:
@@ -340,92 +315,6 @@ class _ScoreShard:
         num_rows = len(columns[0])
         columns += [pa.repeat(value, num_rows) for value in (date, model, ids)]
         return pa.table(columns, names=schema.names).cast(schema)
-
-
-def _compute_evaluation(run: Run, settings: Settings, inputs: Mapping[str, Manifest]) -> Computed:
-    shards = user_shards(inputs["sequences"])
-    max_users = settings.evaluation.max_users
-    share = 1.0 if max_users is None else min(1.0, max_users / int(inputs["sequences"].metadata["users"]))
-    entries = map_shards(
-        run,
-        _EvaluateShard,
-        {"storage": run.storage, "settings": settings, "inputs": dict(inputs), "share": share},
-        shards=shards,
-        num_workers=settings.decoding.num_workers,
-        num_cpus=settings.decoding.cpus_per_worker,
-        use_gpu=settings.decoding.use_gpu,
-    )
-    rows = [row for entry in entries for row in run.read_table(entry).to_pylist()]
-    metrics = {
-        who: evaluation.means(
-            [{k: v for k, v in row.items() if k != "who"} for row in rows if row["who"] == who]
-        )
-        for who in ("model", "popularity")
-    }
-    users = int(metrics["model"]["users"])
-    if users == 0:
-        raise DataError(
-            f"no user has the {HELD_OUT + 1} events that leave-one-out needs; nothing can be evaluated. "
-            "Set training.holdout to 'none' to train and recommend without evaluation"
-        )
-    top = max(settings.evaluation.ks)
-    names = (f"recall@{top}", f"ndcg@{top}")
-    summary = ", ".join(f"{name} {metrics['model'][name]:.4f}" for name in names)
-    popular = ", ".join(f"{metrics['popularity'][name]:.4f}" for name in names)
-    return entries, {
-        "summary": f"{users:,} users, {summary} (popularity {popular})",
-        **metrics,
-        "protocol": {
-            "split": f"leave-one-out, {settings.evaluation.split}",
-            "ranking": "full, item level, constrained beam search",
-            "beam_width": settings.decoding.beam_width,
-            "items": "drawn" if settings.decoding.sample else "most probable",
-            "temperature": settings.decoding.temperature,
-            "history_masked": False,
-            "ties": settings.events.ties,
-            "max_history": settings.model.max_history,
-            "users": "all" if share == 1.0 else f"a hash sample of {share:.2%}",
-        },
-    }
-
-
-class _EvaluateShard:
-    """Ranks the held-out item of each user of one file, for the model and for popularity."""
-
-    def __init__(
-        self, run: Run, storage: Storage, settings: Settings, inputs: Mapping[str, Manifest], share: float
-    ) -> None:
-        self._run, self._storage, self._settings, self._inputs = run, storage, settings, inputs
-        self._share = share
-        self._scorer = Scorer(storage, settings, **inputs)
-
-    def __call__(self, shard: FileEntry) -> FileEntry:
-        settings = self._settings.evaluation
-        users = self._storage.read_table(self._inputs["sequences"], shard.name).combine_chunks()
-        item_index, lengths_B = _histories(users)
-        user_hash_B = users.column("user_hash").to_numpy()
-        # Mixed, because shards and user buckets follow from the hash itself.
-        sampled_B = (mixed(user_hash_B) >> np.uint64(32)) < np.uint64(int(self._share * 2**32))
-        kept_B = (lengths_B > HELD_OUT) & sampled_B
-        hidden = 1 if settings.split == "test" else 2
-        first_B = (np.cumsum(lengths_B) - lengths_B)[kept_B]
-        length_B = lengths_B[kept_B] - hidden
-        target_B = item_index[first_B + length_B].astype(np.int64)
-        top = max(settings.ks)
-        found_BK = np.zeros((0, top), np.int64)
-        if len(length_B):
-            found_BK, _ = best_first(
-                *self._scorer.recommend(
-                    item_index[ranges(first_B, length_B)], length_B, user_hash_B[kept_B], top
-                )
-            )
-        popular_K, _ = self._scorer.most_popular(top, counted="training_events")
-        popular_BK = np.broadcast_to(popular_K, (len(target_B), len(popular_K)))
-        rows = [
-            {"who": who, **evaluation.metric_sums(evaluation.ranks(item_index_BK, target_B), settings.ks)}
-            for who, item_index_BK in (("model", found_BK), ("popularity", popular_BK))
-        ]
-        return self._run.write_table(shard.name, pa.Table.from_pylist(rows))
 
 
 def _histories(users: pa.Table) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:

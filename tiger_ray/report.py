@@ -34,7 +34,8 @@ def metrics_table(evaluation: Manifest | None, model: Manifest) -> str:
     protocol = evaluation.metadata["protocol"]
     lines.append(
         f"{int(model_metrics['users']):,} users ({protocol['users']}); {protocol['split']}; {protocol['ranking']}, "
-        f"beam {protocol['beam_width']}; history of {protocol['max_history']}, not masked; ties by {protocol['ties']}"
+        f"beam {protocol['beam_width']}; history of {protocol['model_history']}, "
+        f"{'masked' if protocol['history_masked'] else 'not masked'}; ties by {protocol['ties']}"
     )
     lines.append(f"training saw: {_seen(model.metadata['holdout'])}")
     return "\n".join(lines)
@@ -112,5 +113,6 @@ def _shorten(title: str) -> str:
 def _seen(holdout: str) -> str:
     return {
         "leave_one_out": "all events but each user's last two (training.holdout leave_one_out)",
+        "time": "all events before sequences.validation_from (training.holdout time)",
         "none": "every event (training.holdout none)",
     }[holdout]

@@ -149,7 +149,8 @@ class _ShardActor:
         *values: Any,
         arg_names: Sequence[str],
     ) -> None:
-        self._worker = make_worker(run=run, **dict(zip(arg_names, values, strict=True)))
+        there = [ray.get(value) if isinstance(value, ray.ObjectRef) else value for value in values]
+        self._worker = make_worker(run=run, **dict(zip(arg_names, there, strict=True)))
         self._todo = todo
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:

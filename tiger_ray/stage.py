@@ -29,7 +29,7 @@ FORMAT_VERSIONS = {
     "semantic_ids": 2,
     "sequences": 2,
     "model": 1,
-    "evaluation": 1,
+    "evaluation": 2,
     "recommendations": 1,
 }
 """Artifacts in the order of the night. Raise a number when a stage starts to write something else for
@@ -73,17 +73,19 @@ def run_stage(
     sections: Mapping[str, Section],
     compute: Callable[[Run], Computed],
     source: Mapping[str, Any] | None = None,
+    kind: str | None = None,
 ) -> StageResult:
     """Publish `artifact` for `settings.date`, computing it only if no complete run has its fingerprint.
 
     Args:
         storage: where artifacts live.
         settings: of the whole night; written into the manifest, all of them.
-        artifact: a key of `FORMAT_VERSIONS`.
+        artifact: its name.
         inputs: manifests this stage reads, by a name of its own choice.
         sections: the settings that decide the result.
         compute: writes files into the run it is given; called at most once.
         source: what else decides the result, for example the pinned input files.
+        kind: key of `FORMAT_VERSIONS`; None: the name of the artifact.
 
     Raises:
         PublishError: the date holds this artifact made from other inputs or settings.
@@ -93,7 +95,7 @@ def run_stage(
     key = fingerprint(
         {
             "artifact": artifact,
-            "format_version": FORMAT_VERSIONS[artifact],
+            "format_version": FORMAT_VERSIONS[kind or artifact],
             "seed": settings.seed,
             "settings": {name: section.fingerprint() for name, section in sections.items()},
             "inputs": digests,

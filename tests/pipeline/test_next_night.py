@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import pytest
 from worlds import STAGES, TUESDAY, WEDNESDAY, published_dates, run_night, tiny_settings
 
-from tiger_ray import recommendations, synthetic
+from tiger_ray import harness, recommendations, synthetic
 from tiger_ray.errors import ArtifactError, DataError, PublishError, QualityError
 from tiger_ray.recommendations import require_quality
 from tiger_ray.registry import load_semantic_ids
@@ -180,14 +180,21 @@ def test_a_model_of_another_id_space_is_refused(night, night_root, world):
     load_model(night.storage, night["model"], night["semantic_ids"])
     with pytest.raises(ArtifactError, match=r"was trained on ID space .*train a model on them"):
         load_model(other.storage, night["model"], other["semantic_ids"])
-    for stage in (recommendations.run, recommendations.evaluate):
-        with pytest.raises(ArtifactError, match="was trained on ID space"):
-            stage(settings, other.storage, night["model"], other["semantic_ids"], night["sequences"])
+    arguments = (settings, other.storage, night["model"], other["semantic_ids"], night["sequences"])
+    with pytest.raises(ArtifactError, match="was trained on ID space"):
+        recommendations.run(*arguments)
+    with pytest.raises(ArtifactError, match="was trained on ID space"):
+        harness.evaluate(*arguments, night["catalog"])
 
 
 def test_a_model_that_saw_every_event_cannot_be_evaluated(night):
     saw_all = night["model"].model_copy(update={"metadata": {**night["model"].metadata, "holdout": "none"}})
     with pytest.raises(DataError, match=r"trained on all events \(training\.holdout is 'none'\)"):
-        recommendations.evaluate(
-            night.settings, night.storage, saw_all, night["semantic_ids"], night["sequences"]
+        harness.evaluate(
+            night.settings,
+            night.storage,
+            saw_all,
+            night["semantic_ids"],
+            night["sequences"],
+            night["catalog"],
         )

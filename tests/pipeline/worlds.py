@@ -9,7 +9,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tiger_ray import catalog, embeddings, events, fitting, recommendations, registry, sequences, training
+from tiger_ray import (
+    catalog,
+    embeddings,
+    events,
+    fitting,
+    harness,
+    recommendations,
+    registry,
+    sequences,
+    training,
+)
 from tiger_ray.config import Settings
 from tiger_ray.stage import StageResult
 from tiger_ray.storage import Manifest, Storage, fingerprint
@@ -109,8 +119,8 @@ def run_night(settings: Settings, until: str = "recommendations") -> Night:
         ),
         "sequences": lambda: sequences.run(settings, storage, night["events"], night["semantic_ids"]),
         "model": lambda: training.run(settings, storage, night["sequences"], night["semantic_ids"]),
-        "evaluation": lambda: recommendations.evaluate(
-            settings, storage, night["model"], night["semantic_ids"], night["sequences"]
+        "evaluation": lambda: harness.evaluate(
+            settings, storage, night["model"], night["semantic_ids"], night["sequences"], night["catalog"]
         ),
         "recommendations": lambda: recommendations.run(
             settings, storage, night["model"], night["semantic_ids"], night["sequences"]
