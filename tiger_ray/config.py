@@ -419,6 +419,42 @@ class EvaluationSettings(Section):
     """Quality gate: share of the last published NDCG that a new night may lose."""
 
 
+class SasrecSettings(Section):
+    """A transformer over item ids, trained by section `training` (defaults: the recipe for Amazon Beauty)."""
+
+    loss: Literal["softmax", "binary"] = "softmax"
+    """`softmax`: cross-entropy over all items; `binary`: the paper's, each target against one item drawn at random."""
+    num_layers: Count = 2
+    """Transformer layers."""
+    d_model: Count = 64
+    """Width of items, positions and hidden states."""
+    num_heads: Count = 1
+    """Attention heads; they divide `d_model`."""
+    d_ff: Count = 64
+    """Width of the feed-forward layer."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    """Share of activations dropped in training."""
+    max_history: Count = 50
+    """Most recent items of a history that the model reads."""
+
+    @model_validator(mode="after")
+    def _heads_divide_the_width(self) -> SasrecSettings:
+        if self.d_model % self.num_heads:
+            raise ValueError(
+                f"sasrec.num_heads {self.num_heads} does not divide sasrec.d_model {self.d_model}"
+            )
+        return self
+
+
+class BaselineSettings(Section):
+    """What jobs/baseline.py evaluates beside the model of the night; read by nothing else."""
+
+    kind: Literal["popularity", "neighbours", "sasrec"] = "sasrec"
+    """Most popular items; nearest neighbours of the last item by content embedding; SASRec."""
+    index: Literal["exact", "ivf", "hnsw"] = "exact"
+    """How `sasrec` finds items: by comparing with all, or by an index of FAISS (extra `studies`)."""
+
+
 class RecommendationsSettings(Section):
     """What is written for every user."""
 
@@ -488,6 +524,8 @@ class Settings(BaseSettings):
     training: TrainingSettings = TrainingSettings()
     decoding: DecodingSettings = DecodingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    baseline: BaselineSettings = BaselineSettings()
+    sasrec: SasrecSettings = SasrecSettings()
     recommendations: RecommendationsSettings = RecommendationsSettings()
     export: ExportSettings = ExportSettings()
     serving: ServingSettings = ServingSettings()

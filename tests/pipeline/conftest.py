@@ -106,17 +106,27 @@ def night(local_ray: None, world: World, new_bucket: Callable[[], str]) -> Night
     return run_night(tiny_settings(new_bucket(), world.data))
 
 
+@pytest.fixture(scope="session")
+def copy_of_night(night: Night, s3_client: Any, new_bucket: Callable[[], str]) -> Callable[[], str]:
+    """Makes a root with everything the night published."""
+
+    def copy() -> str:
+        root = new_bucket()
+        source, target = (uri.removeprefix("s3://").split("/")[0] for uri in (night.storage.root, root))
+        for page in s3_client.get_paginator("list_objects_v2").paginate(Bucket=source):
+            for item in page.get("Contents", []):
+                s3_client.copy_object(
+                    Bucket=target, Key=item["Key"], CopySource={"Bucket": source, "Key": item["Key"]}
+                )
+        return root
+
+    return copy
+
+
 @pytest.fixture
-def night_root(night: Night, s3_client: Any, new_bucket: Callable[[], str]) -> str:
-    """A copy of everything the night published, for a test that goes on from there."""
-    root = new_bucket()
-    source, target = (uri.removeprefix("s3://").split("/")[0] for uri in (night.storage.root, root))
-    for page in s3_client.get_paginator("list_objects_v2").paginate(Bucket=source):
-        for item in page.get("Contents", []):
-            s3_client.copy_object(
-                Bucket=target, Key=item["Key"], CopySource={"Bucket": source, "Key": item["Key"]}
-            )
-    return root
+def night_root(copy_of_night: Callable[[], str]) -> str:
+    """A copy of the night for a test that goes on from there."""
+    return copy_of_night()
 
 
 @pytest.fixture

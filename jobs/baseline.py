@@ -1,0 +1,28 @@
+"""A baseline beside the night's model: the same users, targets and counts.
+
+python jobs/baseline.py --config jobs/amazon.yaml --config jobs/sasrec.yaml --date 2026-11-23
+python jobs/baseline.py --config jobs/amazon.yaml --date 2026-11-23 --baseline.kind neighbours
+
+The night must have got as far as its histories (jobs/build_sequences.py); jobs/compare.py shows all together.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tiger_ray.job import run_job
+
+if TYPE_CHECKING:
+    from tiger_ray.config import Settings
+    from tiger_ray.storage import Storage
+
+
+def main(settings: Settings, storage: Storage) -> None:
+    from tiger_ray.baselines import contenders
+
+    names = ("semantic_ids", "sequences", "catalog", "embeddings")
+    contenders.run(settings, storage, *(storage.resolve(name, settings.date) for name in names))
+
+
+if __name__ == "__main__":
+    run_job(main)

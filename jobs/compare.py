@@ -1,0 +1,75 @@
+"""Evaluations of one night or of several -> JSON, and one Markdown table beside published rows.
+
+    python jobs/compare.py --date 2026-11-25 --json F.json --markdown README.md beauty=data/amazon/beauty
+
+A page that has the lines `<!-- results -->` and `<!-- /results -->` keeps what is outside of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+
+from tiger_ray.errors import TigerError
+
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+
+
+def main() -> None:
+    from tiger_ray import comparison
+    from tiger_ray.storage import Storage
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("roots", nargs="+", metavar="NAME=ROOT", help="data set and its storage.root")
+    parser.add_argument("--date", required=True, help="of the evaluations")
+    parser.add_argument(
+        "--reference",
+        default="evaluation-sasrec-softmax",
+        choices=comparison.LABELS,
+        help="paired with all others",
+    )
+    parser.add_argument("--json", type=Path, help="file for everything")
+    parser.add_argument("--markdown", type=Path, help="page for the tables")
+    words = parser.parse_args()
+    with Path(__file__).with_name("published.csv").open(encoding="utf-8") as file:
+        published = list(csv.DictReader(file))
+    rows = {}
+    for pair in words.roots:
+        name, _, root = pair.partition("=")
+        if not root:
+            parser.error(f"{pair!r} is not NAME=ROOT")
+        rows[name] = comparison.rows_of(Storage(root), words.date, words.reference)
+    tables = []
+    for name, ours in rows.items():
+        theirs = [comparison.published_row(line) for line in published if line["dataset"] == name]
+        tables.append(f"**{name}**\n\n{comparison.markdown(ours, theirs, words.reference)}")
+    text = "\n\n".join(tables)
+    print(text)
+    if words.markdown:
+        write_between(words.markdown, text)
+    if words.json:
+        found = {name: comparison.as_json(ours) for name, ours in rows.items()}
+        words.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def write_between(page: Path, text: str) -> None:
+    """Put the text between the marks of a page, or make the page of it."""
+    before = after = ""
+    if page.exists():
+        whole = page.read_text(encoding="utf-8")
+        if BEGIN not in whole or END not in whole:
+            raise SystemExit(f"{page} exists and has no lines {BEGIN} and {END} to write between; add them")
+        before, _, rest = whole.partition(BEGIN)
+        after = rest.partition(END)[2]
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after or chr(10)}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except TigerError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,195 @@
+"""Baselines as contenders of the harness: trained if they have to be, by the workers that train the model.
+
+N items, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tiger_ray.baselines.neighbours import Neighbours
+from tiger_ray.baselines.retrieval import hnsw, ivf_flat
+from tiger_ray.baselines.sasrec import Sasrec, SasrecModel, sasrec_task
+from tiger_ray.config import Settings
+from tiger_ray.errors import DataError
+from tiger_ray.harness import Contender, evaluate_ranker
+from tiger_ray.histories import POPULARITY_COLUMNS, require_holdout
+from tiger_ray.rankers import Popularity
+from tiger_ray.registry import load_semantic_ids, registry_of
+from tiger_ray.schemas import matrix_of
+from tiger_ray.stage import Computed, StageResult, run_stage
+from tiger_ray.storage import Manifest, Run, Storage
+from tiger_ray.training import MODEL_FILES, Trainee, train
+
+
+def run(
+    settings: Settings,
+    storage: Storage,
+    semantic_ids: Manifest,
+    sequences: Manifest,
+    catalog: Manifest,
+    embeddings: Manifest,
+) -> StageResult:
+    """Publish the evaluation of `baseline.kind`, beside that of the model, and what is trained for it.
+
+    Raises:
+        DataError: training sees all events, so nothing is left to evaluate on.
+        ArtifactError: the histories have no moments for a time split.
+    """
+    if settings.training.holdout == "none":
+        raise DataError(
+            "training.holdout is 'none', so nothing is left to evaluate a baseline on; set it to 'leave_one_out' or 'time'"
+        )
+    make = {"popularity": _popularity, "neighbours": _neighbours, "sasrec": _sasrec}[settings.baseline.kind]
+    contender = make(settings, storage, semantic_ids, sequences, embeddings)
+    return evaluate_ranker(settings, storage, contender, semantic_ids, sequences, catalog)
+
+
+def _contender(settings: Settings, name: str, ranking: str, **parts: Any) -> Contender:
+    decoding = settings.decoding
+    return Contender(
+        ranking={"ranking": f"full, item level, {ranking}", **parts.pop("more", {})},
+        holdout=settings.training.holdout,
+        name=name,
+        num_workers=decoding.num_workers,
+        num_cpus=decoding.cpus_per_worker,
+        use_gpu=decoding.use_gpu,
+        **parts,
+    )
+
+
+# Popularity
+
+
+def _popularity(
+    settings: Settings, storage: Storage, semantic_ids: Manifest, sequences: Manifest, embeddings: Manifest
+) -> Contender:
+    arguments = {"storage": storage, "semantic_ids": semantic_ids, "sequences": sequences}
+    return _contender(
+        settings,
+        "popularity",
+        "most events that training saw",
+        make=make_popularity,
+        arguments={**arguments, "holdout": settings.training.holdout},
+        inputs={},
+        sections={},
+    )
+
+
+def make_popularity(
+    storage: Storage, semantic_ids: Manifest, sequences: Manifest, holdout: str
+) -> Popularity:
+    """Popularity by the events that training may see; the most popular items are kept with the histories."""
+    ids = load_semantic_ids(storage, semantic_ids)
+    top = storage.read_table(sequences, "popularity.parquet")
+    events_N = np.zeros(len(ids), np.int64)
+    events_N[top.column("item_index").to_numpy()] = top.column(POPULARITY_COLUMNS[holdout]).to_numpy()
+    return Popularity(events_N, ids.eligible_N)
+
+
+# Neighbours of the last item
+
+
+def _neighbours(
+    settings: Settings, storage: Storage, semantic_ids: Manifest, sequences: Manifest, embeddings: Manifest
+) -> Contender:
+    return _contender(
+        settings,
+        "neighbours",
+        "cosine to the last item's content embedding",
+        make=make_neighbours,
+        arguments={"storage": storage, "semantic_ids": semantic_ids, "embeddings": embeddings},
+        inputs={"embeddings": embeddings},
+        sections={},
+        more={"encoder": embeddings.metadata["encoder"]},
+    )
+
+
+def make_neighbours(storage: Storage, semantic_ids: Manifest, embeddings: Manifest) -> Neighbours:
+    """Neighbours among all items, whose embeddings are in memory: 4 N D bytes, and twice that while it is built."""
+    ids = load_semantic_ids(storage, semantic_ids)
+    embedding_ND: npt.NDArray[np.float32] = np.zeros((len(ids), int(embeddings.metadata["dim"])), np.float32)
+    for entry in embeddings.files:
+        table = storage.read_table(embeddings, entry, columns=["item_id", "embedding"])
+        index = ids.lookup(table.column("item_id"))
+        embedding_ND[index[index >= 0]] = matrix_of(table.column("embedding"))[index >= 0]
+    return Neighbours(embedding_ND, ids.eligible_N)
+
+
+# SASRec
+
+
+def _sasrec(
+    settings: Settings, storage: Storage, semantic_ids: Manifest, sequences: Manifest, embeddings: Manifest
+) -> Contender:
+    model = train_sasrec(settings, storage, semantic_ids, sequences).manifest
+    index = settings.baseline.index
+    return _contender(
+        settings,
+        f"sasrec-{settings.sasrec.loss}" + ("" if index == "exact" else f"-{index}"),
+        {"exact": "inner products with all items"}.get(index, f"inner products, FAISS {index}"),
+        make=make_sasrec,
+        arguments={"storage": storage, "settings": settings, "semantic_ids": semantic_ids, "model": model},
+        inputs={"model": model},
+        sections={"baseline": settings.baseline},
+        more={"model_history": settings.sasrec.max_history},
+    )
+
+
+def train_sasrec(
+    settings: Settings, storage: Storage, semantic_ids: Manifest, sequences: Manifest
+) -> StageResult:
+    """Publish the artifact `model-sasrec-LOSS`, trained by section `training`."""
+    inputs = {"sequences": sequences, "semantic_ids": registry_of(semantic_ids)}
+    require_holdout(sequences, settings.training.holdout)
+
+    def compute(run: Run) -> Computed:
+        arguments = {"settings": settings, "storage": storage, "semantic_ids": semantic_ids}
+        return train(run, settings, sequences, make_sasrec_trainee, arguments)
+
+    return run_stage(
+        storage,
+        settings,
+        f"model-sasrec-{settings.sasrec.loss}",
+        kind="model",
+        inputs=inputs,
+        sections={"sasrec": settings.sasrec, "training": settings.training},
+        compute=compute,
+    )
+
+
+def make_sasrec_trainee(settings: Settings, storage: Storage, semantic_ids: Manifest) -> Trainee:
+    """A new SASRec for all items ever registered."""
+    ids = load_semantic_ids(storage, semantic_ids)
+    torch.manual_seed(settings.seed)
+    model = SasrecModel(settings.sasrec, len(ids))
+    return Trainee(
+        model,
+        sasrec_task(model),
+        partial(Sasrec, eligible_N=ids.eligible_N),
+        settings.sasrec.max_history,
+    )
+
+
+def make_sasrec(storage: Storage, settings: Settings, semantic_ids: Manifest, model: Manifest) -> Sasrec:
+    """The published SASRec with its index."""
+    decoding = settings.decoding
+    if not decoding.use_gpu:
+        torch.set_num_threads(max(1, int(decoding.cpus_per_worker)))
+    ids = load_semantic_ids(storage, semantic_ids)
+    trained = SasrecModel.from_files({name: storage.read_file(model, name) for name in MODEL_FILES})
+    indexes: Mapping[str, Any] = {"ivf": ivf_flat, "hnsw": hnsw}
+    make_index = indexes.get(settings.baseline.index)
+    item_ND = trained.item.weight.detach().numpy()
+    return Sasrec(
+        trained.to("cuda" if decoding.use_gpu else "cpu"),
+        torch.device("cuda" if decoding.use_gpu else "cpu"),
+        eligible_N=ids.eligible_N,
+        index=make_index(item_ND, ids.eligible_N) if make_index else None,
+    )
