@@ -4,7 +4,7 @@ BIN := .venv/bin
 DATE ?= 2026-11-23
 export RAY_AUTH_MODE ?= disabled
 
-.PHONY: demo test test-pipeline test-cluster test-rest unit lint clean
+.PHONY: demo test test-pipeline test-cluster test-rest unit lint results clean
 
 demo: demo/data/plant.json
 	$(BIN)/python jobs/nightly.py --config jobs/demo.yaml --date $(DATE)
@@ -12,12 +12,14 @@ demo: demo/data/plant.json
 demo/data/plant.json: .venv/base
 	$(BIN)/python jobs/synthesize.py --out demo/data --items 800 --users 4000 --seed 7
 
-# Three parts side by side: each waits for processes to start more than it computes.
+# Parts side by side: each waits for processes to start more than it computes. The first needs one finished night.
 test: lint
 	$(MAKE) --no-print-directory --output-sync=target -j3 test-pipeline test-cluster test-rest
 
+ALONE := $(addprefix tests/pipeline/test_,serving.py bad_input.py registry.py fitting.py encoders.py other_choices.py)
+
 test-pipeline: .venv/test
-	$(BIN)/python -m pytest tests/pipeline --ignore tests/pipeline/test_serving.py --durations 15
+	$(BIN)/python -m pytest tests/pipeline $(addprefix --ignore ,$(ALONE)) --durations 15
 
 test-cluster: .venv/test
 	$(BIN)/python -m pytest tests/cluster --durations 15
@@ -25,6 +27,7 @@ test-cluster: .venv/test
 test-rest: .venv/test
 	$(BIN)/python -m pytest tests/docs tests/unit
 	$(BIN)/python -m pytest tests/pipeline/test_serving.py
+	$(BIN)/python -m pytest $(filter-out %/test_serving.py,$(ALONE)) --durations 15
 
 unit: .venv/test
 	$(BIN)/python -m pytest tests/unit
@@ -33,6 +36,22 @@ lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The model and its rivals on the sets of Amazon, and one table of all in README.md. Hours; what is done is skipped.
+SETS ?= beauty toys sports
+RIVALS := "--baseline.kind popularity" "--baseline.kind neighbours" "--config jobs/sasrec.yaml" \
+  "--config jobs/sasrec.yaml --baseline.index hnsw" "--config jobs/sasrec.yaml --sasrec.loss binary"
+
+results: .venv/studies
+	set -e; for set in $(SETS); do \
+	  with="--config jobs/amazon.yaml --date $(DATE) --storage.root data/amazon/$$set"; \
+	  with="$$with --catalog.uri $(TIGER_DATA)/$$set/items.parquet"; \
+	  with="$$with --events.uri $(TIGER_DATA)/$$set/interactions.parquet"; \
+	  $(BIN)/python jobs/nightly.py $$with; \
+	  for rival in $(RIVALS); do $(BIN)/python jobs/baseline.py $$with $$rival; done; \
+	done
+	$(BIN)/python jobs/compare.py --date $(DATE) --markdown README.md --json data/amazon/results.json \
+	  $(foreach set,$(SETS),$(set)=data/amazon/$(set))
 
 clean:
 	rm -rf demo .venv
@@ -46,4 +65,8 @@ clean:
 
 .venv/test: .venv/base
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[report,test]"
+	touch $@
+
+.venv/studies: .venv/base
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[studies]"
 	touch $@
