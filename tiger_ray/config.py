@@ -420,7 +420,7 @@ class EvaluationSettings(Section):
 
 
 class SasrecSettings(Section):
-    """A transformer over item ids, trained by section `training` (defaults: the recipe for Amazon Beauty)."""
+    """A transformer over item ids, trained by section `training` (jobs/sasrec.yaml has settings for Amazon Beauty)."""
 
     loss: Literal["softmax", "binary"] = "softmax"
     """`softmax`: cross-entropy over all items; `binary`: the paper's, each target against one item drawn at random."""
