@@ -4,7 +4,7 @@ An index holds eligible items only. Items that a user must not get are left out 
 more are fetched.
 
 B users, K items per user, P places of a fetched list (P >= K), N items, M items of an index, D width of the
-vectors, E events of all users. A lower-case letter counts a part of what the upper-case one counts.
+vectors, L = D + 1 width of lifted ones, E events of all users. A lower-case letter counts a part of what the upper-case one counts.
 """
 
 from __future__ import annotations
@@ -82,25 +82,52 @@ def _in_order(bits: Tensor) -> Tensor:
 
 
 class Approximate:
-    """Compares a user with those items that a FAISS index leads to."""
+    """Compares a user with those items that a FAISS index leads to, by their true scores."""
 
     def __init__(
-        self, index: Any, eligible_N: npt.NDArray[np.bool_], parameters: Callable[[int], Any]
+        self,
+        index: Any,
+        item_MD: npt.NDArray[np.float32],
+        eligible_N: npt.NDArray[np.bool_],
+        parameters: Callable[[int], Any],
     ) -> None:
-        """Take an index of the eligible items and what to search it with, given how many are asked for."""
-        self._index, self._parameters = index, parameters
+        """Take an index of `lifted` items, these items, and what to search with, given how many are asked for."""
+        self._index, self._item_MD, self._parameters = index, item_MD, parameters
         self._item_index_M = np.flatnonzero(eligible_N)
 
     def search(self, user_BD: npt.NDArray[np.float32], count: int) -> Lists:
         """The best `count` items of each user vector, (B, D), among those that are looked at."""
         asked = min(count, len(self._item_index_M))
-        score_BP, place_BP = self._index.search(user_BD, asked, params=self._parameters(asked))
-        item_index_BP = np.where(place_BP < 0, -1, self._item_index_M[place_BP])
-        score_BP = np.where(place_BP < 0, -np.inf, score_BP)
-        order_BP = np.lexsort((item_index_BP, -score_BP))
-        return _filled(
-            np.take_along_axis(item_index_BP, order_BP, 1), np.take_along_axis(score_BP, order_BP, 1), count
+        parts = np.split(user_BD, range(USERS_AT_ONCE, len(user_BD), USERS_AT_ONCE))
+        item_index_BP, score_BP = (
+            np.concatenate(found)
+            for found in zip(*(self._search(part, asked) for part in parts), strict=True)
         )
+        return _filled(item_index_BP, score_BP, count)
+
+    def _search(self, user_bD: npt.NDArray[np.float32], asked: int) -> Lists:
+        _, place_bP = self._index.search(
+            np.pad(user_bD, ((0, 0), (0, 1))), asked, params=self._parameters(asked)
+        )
+        score_bP = np.einsum("bd,bpd->bp", user_bD, self._item_MD[place_bP])
+        score_bP = np.where(place_bP < 0, -np.inf, score_bP)
+        item_index_bP = np.where(place_bP < 0, -1, self._item_index_M[place_bP])
+        order_bP = np.lexsort((item_index_bP, -score_bP))
+        return np.take_along_axis(item_index_bP, order_bP, 1), np.take_along_axis(score_bP, order_bP, 1)
+
+
+def lifted(item_MD: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """One more coordinate for each item, so that all are equally long: (M, D + 1).
+
+    With 0 as its last coordinate a user is the nearer to an item the larger their inner product is. An index of
+    distances finds the largest inner products then, which one of inner products does worse: long items are
+    everybody's neighbours.
+
+    Source: Bachrach et al. 2014 (Speeding up the Xbox recommender system).
+    """
+    square_M = np.einsum("md,md->m", item_MD, item_MD, dtype=np.float64)
+    rest_M = np.sqrt(square_M.max(initial=0.0) - square_M)
+    return np.concatenate([item_MD, rest_M[:, None].astype(np.float32)], axis=1)
 
 
 def ivf_flat(
@@ -108,7 +135,7 @@ def ivf_flat(
     eligible_N: npt.NDArray[np.bool_],
     *,
     num_lists: int = 128,
-    num_probes: int = 32,
+    num_probes: int = 48,
 ) -> Approximate:
     """FAISS IVF-Flat: items in lists around centroids, of which a user is compared with some.
 
@@ -125,13 +152,12 @@ def ivf_flat(
     """
     faiss = _faiss()
     item_MD = np.ascontiguousarray(item_ND[eligible_N])
-    width = item_MD.shape[1]
-    quantizer = faiss.IndexFlatIP(width)
-    num_lists = min(num_lists, len(item_MD))
-    index = faiss.IndexIVFFlat(quantizer, width, num_lists, faiss.METRIC_INNER_PRODUCT)
-    index.train(item_MD)
-    index.add(item_MD)
-    return Approximate(index, eligible_N, lambda _: faiss.SearchParametersIVF(nprobe=num_probes))
+    lifted_ML = lifted(item_MD)
+    width = lifted_ML.shape[1]
+    index = faiss.IndexIVFFlat(faiss.IndexFlatL2(width), width, min(num_lists, len(item_MD)))
+    index.train(lifted_ML)
+    index.add(lifted_ML)
+    return Approximate(index, item_MD, eligible_N, lambda _: faiss.SearchParametersIVF(nprobe=num_probes))
 
 
 def hnsw(
@@ -158,11 +184,15 @@ def hnsw(
     """
     faiss = _faiss()
     item_MD = np.ascontiguousarray(item_ND[eligible_N])
-    index = faiss.IndexHNSWFlat(item_MD.shape[1], num_links, faiss.METRIC_INNER_PRODUCT)
+    lifted_ML = lifted(item_MD)
+    index = faiss.IndexHNSWFlat(lifted_ML.shape[1], num_links)
     index.hnsw.efConstruction = build_width
-    index.add(item_MD)
+    index.add(lifted_ML)
     return Approximate(
-        index, eligible_N, lambda count: faiss.SearchParametersHNSW(efSearch=max(search_width, count))
+        index,
+        item_MD,
+        eligible_N,
+        lambda count: faiss.SearchParametersHNSW(efSearch=max(search_width, count)),
     )
 
 
