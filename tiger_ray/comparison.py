@@ -11,7 +11,7 @@ from typing import Any
 
 from tiger_ray import evaluation
 from tiger_ray.errors import ArtifactError
-from tiger_ray.harness import load_metrics, paired_counts
+from tiger_ray.harness import load_metrics, paired_counts, recall_of
 from tiger_ray.storage import Manifest, Storage
 
 LABELS = {
@@ -25,8 +25,17 @@ LABELS = {
 }
 """Artifacts that are looked for, and what their rows are called."""
 
+EXACT = {
+    "evaluation-sasrec-softmax-hnsw": "evaluation-sasrec-softmax",
+    "evaluation-sasrec-softmax-ivf": "evaluation-sasrec-softmax",
+}
+"""What an approximate index looks for: the lists of the same model, ranked exactly."""
+
 METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
 """Columns of the table."""
+
+TOP = 10
+"""Places of an exact list that an approximate one is held against."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +69,19 @@ def rows_of(storage: Storage, date: str, reference: str) -> list[Row]:
             f"no evaluation is published under {storage.uri('evaluation')} for {date}; run jobs/nightly.py or "
             "jobs/baseline.py for that date first"
         )
-    return [_row(storage, artifact, manifest, found.get(reference)) for artifact, manifest in found.items()]
+    return [
+        _row(storage, artifact, manifest, found.get(reference), found.get(EXACT.get(artifact, "")))
+        for artifact, manifest in found.items()
+    ]
 
 
-def _row(storage: Storage, artifact: str, evaluated: Manifest, reference: Manifest | None) -> Row:
+def _row(
+    storage: Storage,
+    artifact: str,
+    evaluated: Manifest,
+    reference: Manifest | None,
+    exact: Manifest | None,
+) -> Row:
     metrics = load_metrics(storage, evaluated)
     difference = None
     if reference is not None and reference.run_id != evaluated.run_id:
@@ -72,6 +90,8 @@ def _row(storage: Storage, artifact: str, evaluated: Manifest, reference: Manife
         estimates = evaluation.differences(joint_CC, ks, seed=evaluated.settings["seed"])
         difference = {name: asdict(estimate) for name, estimate in estimates.items()}
     details = {name: value for name, value in metrics.items() if name not in ("model", "protocol")}
+    if exact is not None and evaluated.inputs["model"] == exact.inputs["model"]:
+        details["shown"] = {**metrics["shown"], "of_exact": recall_of(storage, evaluated, exact, TOP)}
     return Row(LABELS[artifact], metrics["model"], metrics["protocol"], difference, details)
 
 
@@ -109,8 +129,13 @@ def markdown(rows: Sequence[Row], published: Sequence[Row], reference: str) -> s
         ("cold items", "cold_share", "{:.2%}"),
         ("entropy of categories", "entropy", "{:.2f}"),
         ("invalid", "invalid_share", "{:.2%}"),
+        (f"of the exact top {TOP}", "of_exact", "{:.2%}"),
     ]
-    lines += ["", "| what is shown | " + " | ".join(title for title, _, _ in shown) + " |", "|---" * 7 + "|"]
+    lines += [
+        "",
+        "| what is shown | " + " | ".join(title for title, _, _ in shown) + " |",
+        "|---" * (len(shown) + 1) + "|",
+    ]
     for row in rows:
         values = (row.details or {}).get("shown", {})
         cells = [form.format(values[name]) if name in values else "" for _, name, form in shown]

@@ -73,6 +73,21 @@ def joint_rank_counts(rank_B: Ints, other_rank_B: Ints, num_places: int) -> npt.
     return grouped_rank_counts(other_rank_B, num_places, _cells(rank_B, num_places), num_places + 1)
 
 
+def share_found(item_index_BP: Ints, sought_BP: Ints) -> npt.NDArray[np.float64]:
+    """Share of each user's sought items that are among the items of the same user.
+
+    Args:
+        item_index_BP: items of a list, (B, P), each at most once; -1 after the last.
+        sought_BP: items to be found, likewise, (B, P'); all P P' pairs of a user are compared.
+
+    Returns:
+        (B,); 1 where nothing is sought.
+    """
+    sought = sought_BP >= 0
+    found_B = ((sought_BP[:, :, None] == item_index_BP[:, None, :]).any(2) & sought).sum(1)
+    return np.where(sought.any(1), found_B / np.maximum(sought.sum(1), 1), 1.0)
+
+
 def _cells(rank_B: Ints, num_places: int) -> Ints:
     return np.minimum(rank_B, num_places + 1) - 1
 

@@ -9,7 +9,7 @@ B users of a shard, P places of a list, N items, C cells of a count by rank, G g
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,9 +178,31 @@ def paired_counts(
         DataError: they are not of the same users and targets.
     """
     joint_CC = np.zeros((num_places + 1, num_places + 1), np.int64)
-    shards = list_shards(evaluated)
+    for one, two in _shard_pairs(storage, evaluated, other):
+        joint_CC += evaluation.joint_rank_counts(_ranks(one), _ranks(two), num_places)
+    return joint_CC
+
+
+def recall_of(storage: Storage, evaluated: Manifest, other: Manifest, k: int) -> float:
+    """Mean over users of the share of the other evaluation's first k items that are among the first k of this one.
+
+    Raises:
+        DataError: they are not of the same users and targets.
+    """
+    share, users = 0.0, 0
+    for one, two in _shard_pairs(storage, evaluated, other):
+        item_BP, sought_BP = (schemas.matrix_of(lists.column("items"))[:, :k] for lists in (one, two))
+        share += float(evaluation.share_found(item_BP, sought_BP).sum())
+        users += len(item_BP)
+    return share / max(users, 1)
+
+
+def _shard_pairs(
+    storage: Storage, evaluated: Manifest, other: Manifest
+) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """Lists of two evaluations, a shard at a time, of the same users in the same order."""
     theirs = {entry.name: entry for entry in list_shards(other)}
-    for entry in shards:
+    for entry in list_shards(evaluated):
         one = storage.read_table(evaluated, entry)
         two = storage.read_table(other, theirs[entry.name]) if entry.name in theirs else None
         if two is None or any(
@@ -190,8 +212,7 @@ def paired_counts(
                 f"{evaluated.artifact} {evaluated.run_id} and {other.artifact} {other.run_id} are not of the same users "
                 f"and targets ({entry.name} differs); evaluate both with the same histories and section evaluation"
             )
-        joint_CC += evaluation.joint_rank_counts(_ranks(one), _ranks(two), num_places)
-    return joint_CC
+        yield one, two
 
 
 def _ranks(lists: pa.Table) -> npt.NDArray[np.int64]:

@@ -28,6 +28,7 @@ from tiger_ray.evaluation import (
     popularity_ranks,
     rank_counts,
     ranks,
+    share_found,
     targets_in_history,
 )
 
@@ -191,6 +192,18 @@ def test_no_user_gives_zeros_and_no_division_by_zero():
     assert set(estimates(nobody, (5,)).values()) == {Estimate(0, 0, 0)}
     nothing = Exposure.of(np.zeros((0, 5), np.int64), np.ones(3, bool), np.zeros(3, np.int64))
     assert set(nothing.metrics(np.ones(3, bool), np.zeros(3, np.int64)).values()) == {0}
+
+
+@given(
+    st.lists(st.tuples(*[st.lists(st.integers(0, 7), unique=True, max_size=5)] * 2), min_size=1, max_size=6)
+)
+def test_the_share_found_is_that_of_the_sets_of_each_user(users):
+    def filled(lists):
+        return np.array([items + [-1] * (5 - len(items)) for items in lists])
+
+    found, sought = zip(*users, strict=True)
+    expected = [len({*f} & {*s}) / len(s) if s else 1.0 for f, s in users]
+    assert share_found(filled(found), filled(sought)).tolist() == expected
 
 
 def test_history_lengths_fall_into_the_groups_between_the_edges():
