@@ -13,16 +13,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import ray
-import torch
 
 from tiger_ray import quantizers
 from tiger_ray.config import Settings
 from tiger_ray.schemas import matrix_of
-from tiger_ray.shards import plain_errors
 from tiger_ray.stage import Computed, StageResult, run_stage
 from tiger_ray.storage import FileEntry, Manifest, Run, Storage
-from tiger_ray.workers import run_workers, this_worker
+from tiger_ray.workers import Worker, run_workers
 
 QUANTIZER_FILES = ("quantizer.safetensors", "quantizer.json")
 
@@ -52,18 +49,8 @@ def _fit(run: Run, settings: Settings, storage: Storage, embeddings: Manifest) -
     quantizer = settings.quantizer
     done = run.finished()
     if not all(name in done for name in QUANTIZER_FILES):
-        arguments = {"run": run, "settings": settings, "storage": storage, "embeddings": embeddings}
-        if quantizer.num_workers == 1:
-            # Nobody to meet: a plain task starts 8 s sooner than Ray Train.
-            alone = ray.remote(_fit_alone).options(
-                num_cpus=0 if quantizer.use_gpu else quantizer.cpus_per_worker,
-                num_gpus=int(quantizer.use_gpu),
-                max_retries=quantizer.max_failures,
-            )
-            with plain_errors():
-                ray.get(alone.remote(arguments))
-        else:
-            run_workers(_fit_together, arguments, run=run, date=settings.date, settings=quantizer)
+        arguments = {"settings": settings, "storage": storage, "embeddings": embeddings}
+        run_workers(_fit_share, arguments, run=run, date=settings.date, settings=quantizer)
         done = run.finished()
     entries = [done[name] for name in QUANTIZER_FILES]
     level_sizes = quantizers.load({entry.name: run.read_file(entry) for entry in entries}).level_sizes
@@ -71,29 +58,19 @@ def _fit(run: Run, settings: Settings, storage: Storage, embeddings: Manifest) -
     return entries, {"summary": summary, "level_sizes": list(level_sizes), "kind": quantizer.kind}
 
 
-def _fit_alone(arguments: dict[str, Any]) -> None:
-    settings = arguments["settings"].quantizer
-    torch.set_num_threads(max(1, int(settings.cpus_per_worker)))
-    _fit_share(arguments, 0, 1, "cuda" if settings.use_gpu else "cpu")
-
-
-def _fit_together(arguments: dict[str, Any]) -> None:
-    _fit_share(arguments, *this_worker(arguments["settings"].quantizer.cpus_per_worker))
-
-
-def _fit_share(arguments: dict[str, Any], rank: int, num_workers: int, device: Any) -> None:
+def _fit_share(arguments: dict[str, Any], worker: Worker) -> None:
     settings = arguments["settings"]
-    blocks = EmbeddingBlocks(arguments["storage"], arguments["embeddings"], rank, num_workers)
+    blocks = EmbeddingBlocks(arguments["storage"], arguments["embeddings"], worker.rank, worker.world_size)
 
     def log(line: str) -> None:
-        if rank == 0:
+        if worker.is_first:
             print(f"quantizer: {line}", flush=True)
 
     rows = arguments["embeddings"].rows
     quantizer = quantizers.fit(
-        settings.quantizer, blocks, seed=settings.seed, rows=rows, device=device, log=log
+        settings.quantizer, blocks, seed=settings.seed, rows=rows, device=worker.device, log=log
     )
-    if rank == 0:
+    if worker.is_first:
         for name, data in quantizer.to_files().items():
             arguments["run"].write_file(name, data)
 

@@ -1,4 +1,4 @@
-"""Histories -> a model: the paper's sequence-to-sequence training, by the workers of Ray Train.
+"""Histories -> a model: the paper's sequence-to-sequence training, by one worker or by several of Ray Train.
 
 An example is a user's history cut before one of its events: the model reads the items before it and writes
 the Semantic ID of that item. Which examples make up step s follows from the seed and s alone (`examples.py`),
@@ -12,7 +12,6 @@ checkpoint becomes the model.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date as calendar_date
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from tiger_ray.beam_search import keep_freed_memory
 from tiger_ray.checkpoints import JUDGED_BY, STATE_FILE, Progress, load_state, save_state
@@ -39,7 +39,7 @@ from tiger_ray.storage import FileEntry, Manifest, Run, Storage
 from tiger_ray.tokens import Vocabulary
 from tiger_ray.training_log import MLflow, TensorBoard, TrainingLog, measured_peak, wants_mlflow
 from tiger_ray.validation import BeamRanker, Validation
-from tiger_ray.workers import run_workers, this_worker
+from tiger_ray.workers import Worker, run_workers
 
 MODEL_FILES = ("model.safetensors", "config.json")
 
@@ -209,7 +209,7 @@ def train(
     make_trainee: Callable[..., Trainee],
     arguments: Mapping[str, Any],
 ) -> tuple[list[FileEntry], dict[str, Any]]:
-    """Train with section `training`, by the workers of Ray Train; goes on where an earlier attempt ended.
+    """Train with section `training`, by one worker or by several of Ray Train; goes on where an earlier attempt ended.
 
     Args:
         run: gets the model's files and its curve.
@@ -253,16 +253,11 @@ def train(
     }
 
 
-def _train_worker(config: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
-    import ray.train
-    import ray.train.torch
-
-    logging.disable(logging.INFO)  # Ray Train logs each report of each worker
+def _train_worker(config: dict[str, Any], worker: Worker) -> None:
+    """What each worker runs."""
     run, settings, sequences = config["run"], config["settings"], config["sequences"]
     storage, training = run.storage, settings.training
-    rank, world_size, device = this_worker(training.cpus_per_worker)
-    is_first = rank == 0
+    rank, world_size, device = worker.rank, worker.world_size, worker.device
     if device.type == "cpu":
         keep_freed_memory()
     trainee: Trainee = config["make_trainee"](**config["arguments"])
@@ -280,7 +275,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     # the date, so that yesterday's run of the same inputs is not resumed unseen
     checkpoints = f"checkpoint-{settings.date}"
     # read once, for all workers must go on from the same one, and an orphan may still be writing
-    state: list[Any] = [run.read_beside(checkpoints, STATE_FILE) if is_first else None]
+    state: list[Any] = [run.read_beside(checkpoints, STATE_FILE) if worker.is_first else None]
     if world_size > 1:
         dist.broadcast_object_list(state, device=device)
     if state[0] is not None:
@@ -289,7 +284,7 @@ def _train_worker(config: dict[str, Any]) -> None:
         except ArtifactError as error:
             where = storage.uri(f"{run.artifact}/_runs/{run.run_id}/{checkpoints}")
             raise ArtifactError(f"{error}. To begin again, remove {where}/{STATE_FILE}") from None
-    if is_first:
+    if worker.is_first:
         begins = f"resumes at step {progress.step:,}" if progress.step else "begins"
         print(f"training {begins}: {len(examples):,} examples, workers: {world_size}", flush=True)
     validate: Callable[[], Mapping[str, float]] = dict
@@ -305,14 +300,14 @@ def _train_worker(config: dict[str, Any]) -> None:
         )
         validate = partial(validation.metrics, model, device)
     sinks: list[Any] = []
-    if is_first:
+    if worker.is_first:
         sinks.append(TensorBoard(progress.step))
         if wants_mlflow():
             sections = {name: settings.resolved()[name] for name in ("model", "training")}
             sinks.append(MLflow(f"{settings.date} {run.run_id}", sections))
 
     def save(progress: Progress) -> None:
-        if not is_first:
+        if not worker.is_first:
             return
         try:
             run.write_beside(checkpoints, {STATE_FILE: save_state(model, optimizer, progress)})
@@ -328,7 +323,9 @@ def _train_worker(config: dict[str, Any]) -> None:
         run.write_beside("tensorboard", sinks[0].files())
 
     fit(
-        ray.train.torch.prepare_model(model),
+        model
+        if world_size == 1
+        else DistributedDataParallel(model, [device] if device.index is not None else None),
         optimizer,
         examples.batches(
             training.global_batch_size,
@@ -355,7 +352,7 @@ def _train_worker(config: dict[str, Any]) -> None:
         validate=validate,
         save=save,
     )
-    if is_first:
+    if worker.is_first:
         with torch.no_grad():
             for name, weight in progress.best.items():
                 model.get_parameter(name).copy_(weight)

@@ -20,7 +20,7 @@ from tiger_ray.storage import Manifest, Storage
 
 NUM_STEPS = 120
 LONG = (f"--training.num_steps={NUM_STEPS}",)
-WORKER = re.compile(r"\(RayTrainWorker pid=(\d+)\)")
+WORKER = re.compile(r"\((?:model|RayTrainWorker) pid=(\d+)\)")
 RESUMED = re.compile(r"training resumes at step ([\d,]+)")
 
 
