@@ -30,7 +30,7 @@ test-rest: .venv/test
 	$(BIN)/python -m pytest $(filter-out %/test_serving.py,$(ALONE)) --durations 15
 
 unit: .venv/test
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest tests/unit --numprocesses 2
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """What every test may use: an S3 server on loopback, and credentials that are good for nothing else."""
 
+import multiprocessing
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +11,8 @@ import pytest
 
 from tiger_ray.cluster import IDLE_MS, IDLE_VARIABLE
 
+# Forked from a server that has done the slow imports, processes of torch.distributed begin at once.
+multiprocessing.set_forkserver_preload(["torch.distributed", "tiger_ray.fitting", "tiger_ray.validation"])
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault(IDLE_VARIABLE, str(IDLE_MS))
 

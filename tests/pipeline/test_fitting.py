@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch.distributed as dist
-import torch.multiprocessing
+from torch.multiprocessing import start_processes
 
 from tiger_ray import quantizers
 from tiger_ray.config import QuantizerSettings
@@ -60,7 +60,7 @@ def read(folder: Path, name: str, rank: int) -> dict[str, bytes]:
 def three_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with what three processes wrote that fitted each case together."""
     folder = tmp_path_factory.mktemp("workers")
-    torch.multiprocessing.spawn(fit_as_worker, (3, str(folder)), nprocs=3)
+    start_processes(fit_as_worker, (3, str(folder)), 3, start_method="forkserver")
     return folder
 
 
@@ -77,7 +77,7 @@ def fit_with_nothing(rank: int, folder: str) -> None:
 
 
 def test_a_worker_without_items_is_an_error_on_all(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(fit_with_nothing, (str(tmp_path),), nprocs=2)
+    start_processes(fit_with_nothing, (str(tmp_path),), 2, start_method="forkserver")
     assert {path.name for path in tmp_path.glob("refused-*")} == {"refused-0", "refused-1"}
 
 

@@ -242,7 +242,7 @@ def test_lifted_items_are_equally_long_and_the_nearer_the_larger_their_inner_pro
     assert np.linalg.norm(lifted_NL, axis=1) == pytest.approx(longest, rel=1e-5)
     distance_BN = np.linalg.norm(np.pad(user_BD, ((0, 0), (0, 1)))[:, None] - lifted_NL, axis=2)
     squares_B = (user_BD**2).sum(1) + longest**2
-    assert distance_BN**2 == pytest.approx(squares_B[:, None] - 2 * user_BD @ item_ND.T, rel=1e-3)
+    np.testing.assert_allclose(distance_BN**2, squares_B[:, None] - 2 * user_BD @ item_ND.T, rtol=1e-3)
     assert lifted(np.zeros((0, 3), np.float32)).shape == (0, 4)
 
 

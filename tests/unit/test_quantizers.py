@@ -148,7 +148,7 @@ def test_rqvae_brings_lost_codewords_back(monkeypatch):
 
 def test_rqvae_stops_when_held_out_items_no_longer_gain():
     lines = []
-    settings = rqvae_settings(num_epochs=100_000, learning_rate=1e-2)
+    settings = rqvae_settings(num_epochs=100_000, learning_rate=3e-2, batch_size=256)
     embedding_ND, _ = planted(num_groups=24, members=20)
     quantizer = fit(settings, embedding_ND, log=lines.append)
     assert 10 < len(lines) < 200
@@ -256,7 +256,7 @@ def test_flat_has_no_codewords():
     assert quantizers.load(quantizer.to_files()).level_sizes == ()
 
 
-def test_levels_may_have_sizes_of_their_own(fitted):
+def test_levels_may_have_sizes_of_their_own():
     for settings in (kmeans_settings(level_sizes=(16, 8, 4)), rqvae_settings(level_sizes=(16, 8, 4))):
         quantizer = fit(settings, blob())
         assert quantizer.encode(blob()).max(axis=0).tolist() == [15, 7, 3]

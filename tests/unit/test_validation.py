@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import start_processes
 
 from tiger_ray import schemas
 from tiger_ray.config import ModelSettings
@@ -179,7 +180,7 @@ def validate_as_worker(rank, folder, sequences, nobody):
 def test_three_workers_have_the_metrics_of_one_and_agree_on_them(tmp_path):
     sequences = written(tmp_path, histories_of())
     nobody = written(tmp_path, [[1, 2], [3], []] * 4)
-    torch.multiprocessing.spawn(validate_as_worker, (str(tmp_path), sequences, nobody), nprocs=3)
+    start_processes(validate_as_worker, (str(tmp_path), sequences, nobody), 3, start_method="forkserver")
     found = [torch.load(tmp_path / f"found-{rank}") for rank in range(3)]
     assert found[0] == found[1] == found[2]
     *counted, of_nobody = found[0]
