@@ -4,7 +4,7 @@ BIN := .venv/bin
 DATE ?= 2026-11-23
 export RAY_AUTH_MODE ?= disabled
 
-.PHONY: demo test test-pipeline test-cluster test-rest unit lint results clean
+.PHONY: demo test test-cluster test-pipeline test-unit unit lint results clean
 
 demo: demo/data/plant.json
 	$(BIN)/python jobs/nightly.py --config jobs/demo.yaml --date $(DATE)
@@ -12,22 +12,19 @@ demo: demo/data/plant.json
 demo/data/plant.json: .venv/base
 	$(BIN)/python jobs/synthesize.py --out demo/data --items 800 --users 4000 --seed 7
 
-# Two parts at a time: with three clusters of Ray on two cores, one may not start within its time.
-test: lint
-	$(MAKE) --no-print-directory --output-sync=target -j2 test-pipeline test-cluster test-rest
-
-ALONE := $(addprefix tests/pipeline/test_,serving.py bad_input.py registry.py fitting.py encoders.py other_choices.py)
-
-test-pipeline: .venv/test
-	$(BIN)/python -m pytest tests/pipeline $(addprefix --ignore ,$(ALONE)) --durations 15
+# Two parts at a time, the longest first: with three clusters of Ray on two cores, one may not start within its time.
+test:
+	$(MAKE) --no-print-directory --output-sync=target -j2 test-cluster lint test-pipeline test-unit
 
 test-cluster: .venv/test
 	$(BIN)/python -m pytest tests/cluster --durations 15
 
-test-rest: .venv/test
-	$(BIN)/python -m pytest tests/docs tests/unit
+test-pipeline: .venv/test
+	$(BIN)/python -m pytest tests/pipeline --ignore tests/pipeline/test_serving.py --durations 30
 	$(BIN)/python -m pytest tests/pipeline/test_serving.py
-	$(BIN)/python -m pytest $(filter-out %/test_serving.py,$(ALONE)) --durations 15
+
+test-unit: .venv/test
+	$(BIN)/python -m pytest tests/docs tests/unit
 
 unit: .venv/test
 	$(BIN)/python -m pytest tests/unit --numprocesses 2

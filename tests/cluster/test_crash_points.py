@@ -15,11 +15,10 @@ BETWEEN = {
     "recommendations": ["shard"],
 }
 """Crash points of a stage between its beginning and the moment all is computed."""
-POINTS = [
-    f"{artifact}.{point}"
-    for artifact in ARTIFACTS
-    for point in (BOUNDARIES[0], *BETWEEN.get(artifact, []), *BOUNDARIES[1:])
+POINTS = [f"{ARTIFACTS[0]}.{BOUNDARIES[0]}"] + [
+    f"{artifact}.{point}" for artifact in ARTIFACTS for point in (*BETWEEN.get(artifact, []), *BOUNDARIES[1:])
 ]
+"""All in order. A later stage begins as the one before it left storage when it was done."""
 
 
 @pytest.mark.timeout(1400)
