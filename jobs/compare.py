@@ -2,6 +2,8 @@
 
     python jobs/compare.py --date 2026-11-25 --json F.json --markdown README.md beauty=data/amazon/beauty
 
+Another date of a root is a table of its own: `"beauty masked=data/amazon/beauty@2026-11-26"`. The first word is
+the data set, whose published rows stand below ours.
 A page that has the lines `<!-- results -->` and `<!-- /results -->` keeps what is outside of them.
 """
 
@@ -23,7 +25,7 @@ def main() -> None:
     from tiger_ray.storage import Storage
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("roots", nargs="+", metavar="NAME=ROOT", help="data set and its storage.root")
+    parser.add_argument("roots", nargs="+", metavar="NAME=ROOT[@DATE]", help="data set and its storage.root")
     parser.add_argument("--date", required=True, help="of the evaluations")
     parser.add_argument(
         "--reference",
@@ -40,11 +42,12 @@ def main() -> None:
     for pair in words.roots:
         name, _, root = pair.partition("=")
         if not root:
-            parser.error(f"{pair!r} is not NAME=ROOT")
-        rows[name] = comparison.rows_of(Storage(root), words.date, words.reference)
+            parser.error(f"{pair!r} is not NAME=ROOT or NAME=ROOT@DATE")
+        root, _, date = root.partition("@")
+        rows[name] = comparison.rows_of(Storage(root), date or words.date, words.reference)
     tables = []
     for name, ours in rows.items():
-        theirs = [comparison.published_row(line) for line in published if line["dataset"] == name]
+        theirs = [comparison.published_row(line) for line in published if line["dataset"] == name.split()[0]]
         tables.append(f"**{name}**\n\n{comparison.markdown(ours, theirs, words.reference)}")
     text = "\n\n".join(tables)
     print(text)

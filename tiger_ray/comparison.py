@@ -19,6 +19,7 @@ LABELS = {
     "evaluation-sasrec-softmax": "SASRec, softmax",
     "evaluation-sasrec-softmax-hnsw": "SASRec, softmax, FAISS HNSW",
     "evaluation-sasrec-softmax-ivf": "SASRec, softmax, FAISS IVF",
+    "evaluation-sasrec-softmax-map": "SASRec, softmax, output map",
     "evaluation-sasrec-binary": "SASRec, binary loss",
     "evaluation-neighbours": "neighbours of the last item, content",
     "evaluation-popularity": "popularity",

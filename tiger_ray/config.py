@@ -436,6 +436,9 @@ class SasrecSettings(Section):
     """Share of activations dropped in training."""
     max_history: Count = 50
     """Most recent items of a history that the model reads."""
+    output_map: bool = False
+    """Another map between history and items, so that items of the history need not come first: better where they
+    are not excluded, worse where they are."""
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> SasrecSettings:

@@ -147,7 +147,8 @@ def test_the_table_has_every_ranker_its_difference_and_the_published_rows(
     spec.loader.exec_module(compare)
     page, file = tmp_path / "page.md", tmp_path / "all.json"
     page.write_text("before\n<!-- results -->\nlast night\n<!-- /results -->\nafter\n")
-    words = ["--date", MONDAY, "--json", str(file), "--markdown", str(page), f"beauty={rivals.root}"]
+    words = ["--date", TUESDAY, "--json", str(file), "--markdown", str(page)]
+    words += [f"beauty once={rivals.root}@{MONDAY}"]
     monkeypatch.setattr(sys, "argv", ["compare.py", *words])
     compare.main()
 
@@ -160,7 +161,7 @@ def test_the_table_has_every_ranker_its_difference_and_the_published_rows(
     )
     for label in ("TIGER |", "SASRec, softmax |", "popularity |", "TIGER, paper (table 1) | 0.0454 | 0.0321"):
         assert f"| {label}" in text
-    rows = {row["method"]: row for row in json.loads(file.read_text())["beauty"]}
+    rows = {row["method"]: row for row in json.loads(file.read_text())["beauty once"]}
     reference = evaluated["sasrec"].metadata["model"]
     for label, who in (("TIGER", "model"), ("popularity", "popularity")):
         own = evaluated[who].metadata["model"]

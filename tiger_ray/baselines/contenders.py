@@ -16,7 +16,7 @@ import torch
 from tiger_ray.baselines.neighbours import Neighbours
 from tiger_ray.baselines.retrieval import hnsw, ivf_flat
 from tiger_ray.baselines.sasrec import Sasrec, SasrecModel, sasrec_task
-from tiger_ray.config import Settings
+from tiger_ray.config import SasrecSettings, Settings
 from tiger_ray.errors import DataError
 from tiger_ray.harness import Contender, evaluate_ranker
 from tiger_ray.histories import POPULARITY_COLUMNS, require_holdout
@@ -132,7 +132,7 @@ def _sasrec(
     index = settings.baseline.index
     return _contender(
         settings,
-        f"sasrec-{settings.sasrec.loss}" + ("" if index == "exact" else f"-{index}"),
+        variant(settings.sasrec) + ("" if index == "exact" else f"-{index}"),
         {"exact": "inner products with all items"}.get(index, f"inner products, FAISS {index}"),
         make=make_sasrec,
         arguments={"storage": storage, "settings": settings, "semantic_ids": semantic_ids, "model": model},
@@ -142,10 +142,15 @@ def _sasrec(
     )
 
 
+def variant(sasrec: SasrecSettings) -> str:
+    """Name of this SASRec among the artifacts of a night: one of each is kept."""
+    return f"sasrec-{sasrec.loss}" + ("-map" if sasrec.output_map else "")
+
+
 def train_sasrec(
     settings: Settings, storage: Storage, semantic_ids: Manifest, sequences: Manifest
 ) -> StageResult:
-    """Publish the artifact `model-sasrec-LOSS`, trained by section `training`."""
+    """Publish the artifact `model-` and `variant`, trained by section `training`."""
     inputs = {"sequences": sequences, "semantic_ids": registry_of(semantic_ids)}
     require_holdout(sequences, settings.training.holdout)
 
@@ -156,7 +161,7 @@ def train_sasrec(
     return run_stage(
         storage,
         settings,
-        f"model-sasrec-{settings.sasrec.loss}",
+        f"model-{variant(settings.sasrec)}",
         kind="model",
         inputs=inputs,
         sections={"sasrec": settings.sasrec, "training": settings.training},

@@ -2,8 +2,8 @@
 
 Source: Kang and McAuley 2018 (arXiv 1808.09781): item embeddings shared by input and output, learned
 positions, pre-norm layers of self-attention and of a ReLU feed-forward network. As in the paper, histories are padded on the
-left, so that positions count from the newest item. Ours: an output map after the heads, as in
-torch's attention, and a softmax over all items as another loss.
+left, so that positions count from the newest item. Ours: a map after the heads, as in torch's
+attention; a softmax over all items as another loss; and by setting a map after the last layer.
 
 It is trained by `optimization.fit` on the same examples as the model of the job: a history and its next item.
 That is as many losses per epoch as one at every place of every history.
@@ -55,12 +55,17 @@ class SasrecModel(nn.Module):
         self.position = nn.Embedding(settings.max_history, settings.d_model)
         self.layers = nn.ModuleList(Layer(settings) for _ in range(settings.num_layers))
         self.norm = nn.LayerNorm(settings.d_model)
+        self.output_map = (
+            nn.Linear(settings.d_model, settings.d_model, bias=False) if settings.output_map else None
+        )
         self.dropout = Dropout(settings.dropout)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+        if self.output_map is not None:
+            nn.init.eye_(self.output_map.weight)
 
     def forward(self, history_BT: Tensor, target_B: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Loss of every target.
@@ -106,7 +111,7 @@ class SasrecModel(nn.Module):
             only_newest = layer is self.layers[-1]
             hidden_BTD = layer(hidden_BTD, masked_B1TT, only_newest)
         user_BD: Tensor = self.norm(hidden_BTD[:, -1])
-        return user_BD
+        return user_BD if self.output_map is None else self.output_map(user_BD)
 
     @torch.inference_mode()
     def user_vectors(
@@ -290,5 +295,6 @@ def training_operations(model: SasrecModel, lengths_B: npt.NDArray[np.int64]) ->
     multiplications += asking * ((of.num_layers - 1) * items + users)
     attended = (of.num_layers - 1) * float((lengths_B.astype(np.float64) ** 2).sum()) + items
     multiplications += 2 * of.d_model * attended
+    multiplications += of.output_map * of.d_model**2 * users
     multiplications += of.d_model * users * (model.item.num_embeddings if of.loss == "softmax" else 2)
     return 3 * 2 * multiplications  # the backward pass has two products for each one of the forward pass
