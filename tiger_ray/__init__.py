@@ -6,7 +6,7 @@
     quantizers   vectors -> codewords (registry fits one and keeps it)
     semantic_ids codewords -> Semantic IDs, unique and append-only
     sequences    events -> one history per user
-    training     histories -> model, by Ray Train
+    training     histories -> model, by one worker or several of Ray Train
     beam_search  model + trie -> ranked valid items
     recommendations  users -> top-K rows in Parquet; the same decoding, evaluated
 
