@@ -65,7 +65,8 @@ class SasrecModel(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         if self.output_map is not None:
-            nn.init.eye_(self.output_map.weight)
+            # not near the identity, with which items of the history come first again
+            nn.init.normal_(self.output_map.weight, std=settings.d_model**-0.5)
 
     def forward(self, history_BT: Tensor, target_B: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Loss of every target.
