@@ -392,7 +392,10 @@ def _training_events(storage: Storage, sequences: Manifest, holdout: str, num_it
         events_N: npt.NDArray[np.int64] = np.sum(parts, axis=0)
         return events_N
 
-    return ray.remote(total).remote(*_by_parts(user_shards(sequences), count))
+    events = ray.remote(total).remote(*_by_parts(user_shards(sequences), count))
+    # Those who wait for it are actors, which would hold the last CPUs that it needs.
+    ray.wait([events], fetch_local=False)
+    return events
 
 
 def _by_parts(shards: Sequence[FileEntry], count: Callable[..., Any], *arguments: Any) -> list[ray.ObjectRef]:
