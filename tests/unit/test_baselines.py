@@ -229,9 +229,9 @@ def test_hnsw_finds_nearly_all_of_the_best_eligible_items(clustered):
 def test_ivf_finds_more_with_more_probes_and_everything_with_all(clustered):
     few, some, every = (
         recall(ivf_flat(clustered[0], clustered[2], num_lists=32, num_probes=n), clustered)
-        for n in (1, 4, 32)
+        for n in (2, 8, 32)
     )
-    assert 0.1 < few < some < every == 1.0
+    assert 0.3 < few < some < every == 1.0
 
 
 def test_lifted_items_are_equally_long_and_the_nearer_the_larger_their_inner_product(clustered):
