@@ -87,7 +87,7 @@ def _run_alone(work: Work, arguments: Mapping[str, Any], run: Run, settings: Wor
 def _alone(work: Work, arguments: dict[str, Any], cpus_per_worker: float) -> None:
     import torch
 
-    device = torch.device(*(("cuda", 0) if ray.get_gpu_ids() else ("cpu",)))
+    device = torch.device("cuda", 0) if ray.get_gpu_ids() else torch.device("cpu")
     _work(work, arguments, Worker(0, 1, device), cpus_per_worker)
 
 
