@@ -206,7 +206,8 @@ class TensorBoard:
         from tensorboardX.summary import scalar
 
         for name, value in values.items():
-            self._writer.write_event(Event(step=step, wall_time=time.time(), summary=scalar(name, value)))
+            summary = scalar(name.replace("@", "_"), value)  # it allows no @, and says so each time
+            self._writer.write_event(Event(step=step, wall_time=time.time(), summary=summary))
 
     def files(self) -> dict[str, bytes]:
         """The file so far, by name."""
