@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -43,8 +44,11 @@ def main() -> None:
         name, _, root = pair.partition("=")
         if not root:
             parser.error(f"{pair!r} is not NAME=ROOT or NAME=ROOT@DATE")
-        root, _, date = root.partition("@")
-        rows[name] = comparison.rows_of(Storage(root), date or words.date, words.reference)
+        if name in rows:
+            parser.error(f"{name!r} is there twice; add a word, as in {name + ' masked'!r}")
+        dated = re.fullmatch(r"(.+)@(\d{4}-\d\d-\d\d)", root)
+        root, date = dated.groups() if dated else (root, words.date)
+        rows[name] = comparison.rows_of(Storage(root), date, words.reference)
     tables = []
     for name, ours in rows.items():
         theirs = [comparison.published_row(line) for line in published if line["dataset"] == name.split()[0]]
