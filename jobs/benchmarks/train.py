@@ -31,7 +31,7 @@ from planted import beauty_examples, planted_codes, planted_model
 from results import Claims, chosen_parts, parser_of, run_parts
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from turns import CORES, ROUNDS, alternate, fastest, ratios
+from turns import CORES, DTYPES, FASTEST, ROUNDS, alternate, fastest, ratios
 
 from tiger_ray.beam_search import keep_freed_memory
 from tiger_ray.checkpoints import Progress
@@ -39,7 +39,6 @@ from tiger_ray.config import TrainingSettings
 from tiger_ray.examples import BATCHES_PER_GROUP, Batch
 from tiger_ray.model import TigerModel
 from tiger_ray.optimization import fit, learning_rate, make_optimizer, tiger_task, tokens_of
-from tiger_ray.precision import dtype_of
 from tiger_ray.tokens import PAD
 from tiger_ray.training import BATCH_TOKENS
 from tiger_ray.training_log import TrainingLog, measured_peak
@@ -47,10 +46,6 @@ from tiger_ray.training_log import TrainingLog, measured_peak
 GLOBAL_BATCH = 256
 PADDED = 81  # 20 items of 4 codewords, and a user token or an end, as other implementations have it
 EVERY = 8  # of the batches that are sorted by length together, every so many stand for all
-DTYPES = {"fp32": torch.float32}
-if dtype_of("bf16", torch.device("cpu")) is torch.bfloat16:
-    DTYPES["bf16"] = torch.bfloat16  # elsewhere it is emulated, and no side would be at its best
-FASTEST = list(DTYPES)[-1]
 
 
 def main() -> None:

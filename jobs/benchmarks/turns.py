@@ -9,8 +9,14 @@ from typing import Any, TypeVar
 
 import torch
 
+from tiger_ray.precision import dtype_of
+
 ROUNDS = 5
 CORES = len(os.sched_getaffinity(0))
+DTYPES = {"fp32": torch.float32}
+if dtype_of("bf16", torch.device("cpu")) is torch.bfloat16:
+    DTYPES["bf16"] = torch.bfloat16  # elsewhere it is emulated, and no side would be at its best
+FASTEST = list(DTYPES)[-1]
 T = TypeVar("T")
 
 
