@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import (
-    LogitsProcessor,
-    PrefixConstrainedLogitsProcessor,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
 from tiger_ray.model import TigerModel
 from tiger_ray.tokens import PAD, Vocabulary
 
+if TYPE_CHECKING:  # each process that collects tests would wait three seconds for it
+    from transformers import T5ForConditionalGeneration
+
 
 def hugging_face(model: TigerModel) -> T5ForConditionalGeneration:
     """The same model, written down from the settings and not from our own config.json."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
     theirs = T5ForConditionalGeneration(
         T5Config(
             vocab_size=model.vocabulary.size,
@@ -39,7 +39,7 @@ def hugging_face(model: TigerModel) -> T5ForConditionalGeneration:
     return theirs.eval()
 
 
-class LevelSoftmax(LogitsProcessor):
+class LevelSoftmax:
     """Probabilities among the codewords of the next level; its other tokens become impossible."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -68,6 +68,8 @@ def generate(
         width: beams W, and items.
         level_softmax: normalizes over a level; none: over the vocabulary.
     """
+    from transformers import PrefixConstrainedLogitsProcessor
+
     items = [tuple(tokens) for tokens in item_tokens]
 
     def next_tokens(_: int, written: torch.Tensor) -> list[int]:

@@ -4,7 +4,6 @@ import pytest
 import safetensors.torch
 import torch
 from hugging_face import hugging_face
-from transformers import T5ForConditionalGeneration
 
 from tiger_ray.config import ModelSettings
 from tiger_ray.errors import ArtifactError
@@ -124,6 +123,8 @@ def test_weights_of_hugging_face_load_strictly():
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("softmax", ["vocabulary", "level"])
 def test_hugging_face_reads_the_files(tmp_path, tied, softmax):
+    from transformers import T5ForConditionalGeneration
+
     ours = tiny_model(tie_embeddings=tied, softmax=softmax)
     for name, data in ours.to_files().items():
         (tmp_path / name).write_bytes(data)

@@ -10,7 +10,6 @@ import safetensors.numpy
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.cluster import KMeans
 
 from tiger_ray import quantizers
 from tiger_ray.config import QuantizerSettings
@@ -88,6 +87,8 @@ def test_kmeans_finds_planted_groups_exactly(seed):
 
 
 def test_each_level_of_residual_kmeans_is_as_tight_as_sklearn_on_the_same_residuals():
+    from sklearn.cluster import KMeans
+
     embedding_ND = blob()
     quantizer = fit(kmeans_settings(level_sizes=(20, 20, 20)), embedding_ND, seed=0)
     codewords_NL = quantizer.encode(embedding_ND)
@@ -148,7 +149,7 @@ def test_rqvae_brings_lost_codewords_back(monkeypatch):
 
 def test_rqvae_stops_when_held_out_items_no_longer_gain():
     lines = []
-    settings = rqvae_settings(num_epochs=100_000, learning_rate=3e-2, batch_size=256)
+    settings = rqvae_settings(num_epochs=100_000, learning_rate=3e-2, batch_size=480)
     embedding_ND, _ = planted(num_groups=24, members=20)
     quantizer = fit(settings, embedding_ND, log=lines.append)
     assert 10 < len(lines) < 200
