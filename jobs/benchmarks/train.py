@@ -308,11 +308,14 @@ def measure_hugging_face(claims: Claims, machine: Machine) -> None:
 
 
 def require_same_gradients(beauty: Path | None, attention: str) -> None:
-    """Without dropout, loss and gradients of a batch are those of Hugging Face padded to 81."""
+    """Without dropout, loss and gradients of a few examples are those of Hugging Face padded to 81.
+
+    Of many examples some input of a ReLU is so close to zero that its slope depends on the rounding.
+    """
     (batch,) = first_group(beauty)[0]
     model = fresh_model().eval()
     theirs = rival(model, attention)
-    history_BT, target_BI = tokens_of(batch, planted_codes(), model.vocabulary)
+    history_BT, target_BI = (each[:8] for each in tokens_of(batch, planted_codes(), model.vocabulary))
     losses = model(history_BT, target_BI).mean(), loss_of_theirs(theirs, history_BT, target_BI, PADDED)
     for loss in losses:
         loss.backward()
@@ -321,7 +324,7 @@ def require_same_gradients(beauty: Path | None, attention: str) -> None:
     assert gradients.keys() == dict(model.named_parameters()).keys()
     for name, weight in model.named_parameters():
         scale = float(gradients[name].abs().max())
-        torch.testing.assert_close(weight.grad, gradients[name], rtol=1e-3, atol=1e-4 * scale, msg=name)
+        torch.testing.assert_close(weight.grad, gradients[name], rtol=1e-3, atol=1e-5 * scale, msg=name)
 
 
 # Workers
