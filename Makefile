@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATE ?= 2026-11-23
 export RAY_AUTH_MODE ?= disabled
+# Hundreds of processes import the same modules, and without a cache on disk each compiles them again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-cluster test-pipeline test-unit unit lint results clean
 
@@ -24,7 +26,7 @@ test-pipeline: .venv/test
 	$(BIN)/python -m pytest tests/pipeline/test_serving.py
 
 test-unit: .venv/test
-	$(BIN)/python -m pytest tests/docs tests/unit
+	$(BIN)/python -m pytest tests/docs tests/storage tests/unit
 
 unit: .venv/test
 	$(BIN)/python -m pytest tests/unit --numprocesses 2

@@ -1,10 +1,6 @@
 """The planted world keeps its law, and the oracle is the best answer to it."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,8 +11,6 @@ import pytest
 
 from tiger_ray.errors import ArtifactError, DataError, SettingsError, StorageError
 from tiger_ray.synthetic import CATALOG_SCHEMA, DEFAULT_SHARES, EVENTS_SCHEMA, World, write
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -296,18 +290,6 @@ def test_a_plant_that_cannot_be_rebuilt_is_refused(tmp_path):
     (tmp_path / "plant.json").write_text(json.dumps(plant | {"seed": 2}))
     with pytest.raises(ArtifactError, match="cannot be rebuilt"):
         World.read(str(tmp_path))
-
-
-def test_job_prints_sizes_and_both_recalls_and_ends_with_the_exit_code(tmp_path):
-    job = [sys.executable, str(ROOT / "jobs" / "synthesize.py"), "--out", str(tmp_path / "data")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    good = subprocess.run([*job, "--items", "200", "--users", "50"], capture_output=True, env=environment)
-    assert good.returncode == 0
-    assert b"200 items, 50 users" in good.stdout
-    assert b"oracle recall@10" in good.stdout
-    bad = subprocess.run([*job, "--items", "801"], capture_output=True, env=environment)
-    assert bad.returncode == 2
-    assert b"SettingsError: num_items is 801" in bad.stderr
 
 
 # Refusals
