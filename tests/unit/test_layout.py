@@ -164,6 +164,16 @@ def test_algorithms_never_import_ray(module):
     assert not direct
 
 
+RIVALS = [file for file in sorted((PACKAGE / "baselines").glob("*.py")) if file.stem != "contenders"]
+
+
+@pytest.mark.parametrize("file", RIVALS, ids=lambda file: file.stem)
+def test_baselines_never_import_ray_only_their_stage_does(file):
+    assert "ray" not in {name.split(".")[0] for name in imported(file)}
+    assert own_imports(file) <= {*WITHOUT_RAY, "baselines"}
+    assert "tiger_ray.baselines.contenders" not in imported(file)
+
+
 FORBIDDEN_IMPORTS = {"pickle", "cloudpickle", "joblib", "dill", "shelve", "marshal"}
 
 
