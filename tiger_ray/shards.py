@@ -56,7 +56,9 @@ def map_shards(
             f"{run.artifact}: {kept} of {len(shards)} shards are there already, {len(todo)} to do", flush=True
         )
     if todo:
-        dataset = ray.data.range(len(todo), override_num_blocks=len(todo)).map_batches(
+        # not `range`, whose tasks would wait for a CPU that the actors hold
+        numbers = pa.table({"number": pa.array(range(len(todo)))})
+        dataset = ray.data.from_arrow(numbers, override_num_blocks=len(todo)).map_batches(
             _ShardActor,
             fn_constructor_args=(run, make_worker, todo, *worker_args.values()),
             fn_constructor_kwargs={"arg_names": tuple(worker_args)},
@@ -154,7 +156,7 @@ class _ShardActor:
         self._todo = todo
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        return {"entry": [self._worker(self._todo[row]).model_dump_json() for row in batch["id"]]}
+        return {"entry": [self._worker(self._todo[row]).model_dump_json() for row in batch["number"]]}
 
 
 def _finish_block(block: pa.Table, finish: Callable[[pa.Table, int], FileEntry]) -> pa.Table:
