@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import safetensors.torch
 import torch
@@ -418,7 +418,35 @@ class Norm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states of unit root mean square times the weight."""
-        return F.rms_norm(hidden, self.weight.shape, self.weight, EPSILON)
+        if hidden.is_cuda:
+            return F.rms_norm(hidden, self.weight.shape, self.weight, EPSILON)
+        normed: Tensor = _NormOnCpu.apply(hidden, self.weight)
+        return normed
+
+
+class _NormOnCpu(torch.autograd.Function):
+    """RMSNorm and its gradient in a third of the passes over memory that torch's own takes on a CPU.
+
+    With x a row of N = rows hidden states of width D, r = 1 / sqrt(mean(x^2) + EPSILON), and g the gradient of
+    y = x r w, that of x is r (g w - x r^2 mean(g w x)), and that of w is the sum of g x r over rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight_D: Tensor) -> Tensor:
+        x_ND = hidden.reshape(-1, len(weight_D))
+        square_N1 = torch.linalg.vector_norm(x_ND, dim=-1, keepdim=True).square_()
+        r_N1 = square_N1.div_(len(weight_D)).add_(EPSILON).rsqrt_()
+        ctx.save_for_backward(x_ND, weight_D, r_N1)
+        return (x_ND * r_N1).mul_(weight_D).view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x_ND, weight_D, r_N1 = ctx.saved_tensors
+        g_ND = gradient.reshape(x_ND.shape)
+        gx_ND = g_ND * x_ND
+        mean_N1 = (gx_ND @ weight_D)[:, None].div_(-len(weight_D)).mul_(r_N1).mul_(r_N1)
+        of_x_ND = (g_ND * weight_D).addcmul_(x_ND, mean_N1).mul_(r_N1)
+        return of_x_ND.view_as(gradient), (r_N1.T @ gx_ND)[0]
 
 
 class Dropout(nn.Module):

@@ -7,7 +7,7 @@ from hugging_face import hugging_face
 
 from tiger_ray.config import ModelSettings
 from tiger_ray.errors import ArtifactError
-from tiger_ray.model import Dropout, TigerModel
+from tiger_ray.model import EPSILON, Dropout, Norm, TigerModel
 from tiger_ray.tokens import PAD, Vocabulary
 
 VOCABULARY = Vocabulary((6, 5, 4), num_user_buckets=3)
@@ -236,3 +236,16 @@ def test_damaged_files_are_refused_by_name():
     ):
         with pytest.raises(ArtifactError, match=r"config\.json"):
             TigerModel.from_files(files | {"config.json": damage})
+
+
+def test_the_norm_and_its_gradient_are_those_of_torch():
+    norm = Norm(6).double()
+    torch.nn.init.normal_(norm.weight)
+    hidden = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    expected = torch.nn.functional.rms_norm(hidden, (6,), norm.weight, EPSILON)
+    torch.testing.assert_close(norm(hidden), expected)
+    upstream = torch.randn_like(hidden)
+    gradients, theirs = (
+        torch.autograd.grad(y, (hidden, norm.weight), upstream) for y in (norm(hidden), expected)
+    )
+    torch.testing.assert_close(gradients, theirs)
