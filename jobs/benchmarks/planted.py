@@ -55,12 +55,16 @@ def planted_codes(num_items: int = BEAUTY_ITEMS, codebook_size: int = 256) -> np
 
 
 def planted_decoder(
-    beam_width: int, precision: str, num_items: int = BEAUTY_ITEMS, codebook_size: int = 256
+    beam_width: int,
+    precision: str,
+    num_items: int = BEAUTY_ITEMS,
+    codebook_size: int = 256,
+    device: torch.device | str = "cpu",
 ) -> Decoder:
     """A decoder that may recommend every planted item."""
     codes_NI = planted_codes(num_items, codebook_size)
     settings = DecodingSettings(beam_width=beam_width, precision=precision)
-    return Decoder(planted_model(codebook_size), codes_NI, np.ones(num_items, bool), settings)
+    return Decoder(planted_model(codebook_size), codes_NI, np.ones(num_items, bool), settings, device)
 
 
 def users_of(lengths_B: np.ndarray, num_items: int = BEAUTY_ITEMS) -> Users:

@@ -8,16 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import ctranslate2
 import numpy as np
 import torch
-from ctranslate2.converters.transformers import T5Loader
-from ctranslate2.specs.common_spec import Activation
-from ctranslate2.specs.transformer_spec import (
-    TransformerDecoderSpec,
-    TransformerEncoderSpec,
-    TransformerSpec,
-)
 from transformers import T5Config, T5ForConditionalGeneration
 
 from tiger_ray.model import EPSILON, TigerModel
@@ -29,10 +21,17 @@ END = "</s>"
 class HuggingFace:
     """`generate` with `prefix_allowed_tokens_fn`, which only looks up what was prepared for all prefixes."""
 
-    def __init__(self, model: TigerModel, codes_NI: np.ndarray, precision: str, batch_size: int) -> None:
+    def __init__(
+        self,
+        model: TigerModel,
+        codes_NI: np.ndarray,
+        precision: str,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
         self.settings = {"precision": precision, "batch_size": batch_size}
-        self._model = hugging_face(model).to(dtype)
+        self._model = hugging_face(model).to(device, dtype)
         tokens = [tuple(row) for row in model.vocabulary.item_tokens(codes_NI).tolist()]
         self._item = {row: item for item, row in enumerate(tokens)}
         children: dict[tuple[int, ...], set[int]] = {}
@@ -56,7 +55,7 @@ class HuggingFace:
         children, id_length = self._children, len(next(iter(self._item)))
         for history_bT in history_BT.split(self.settings["batch_size"]):
             generated = self._model.generate(
-                history_bT,
+                history_bT.to(self._model.device),
                 num_beams=beam_width,
                 num_return_sequences=beam_width,
                 prefix_allowed_tokens_fn=(
@@ -69,8 +68,8 @@ class HuggingFace:
             )
             shape = (len(history_bT), beam_width)
             yield (
-                generated.sequences[:, 1:].view(*shape, id_length).numpy(),
-                generated.sequences_scores.float().view(shape).numpy(),
+                generated.sequences[:, 1:].view(*shape, id_length).cpu().numpy(),
+                generated.sequences_scores.float().view(shape).cpu().numpy(),
             )
 
 
@@ -80,6 +79,8 @@ class CTranslate2:
     def __init__(
         self, model: TigerModel, folder: str, kind: str, inter_threads: int, batch_size: int
     ) -> None:
+        import ctranslate2
+
         self._id_length, cores = model.vocabulary.id_length, torch.get_num_threads()
         how = {
             "compute_type": {"fp32": "float32"}.get(kind, kind),
@@ -134,6 +135,14 @@ def hugging_face(model: TigerModel, more_tokens: int = 0) -> T5ForConditionalGen
 
 def convert(model: TigerModel, folder: str) -> None:
     """Write the model as CTranslate2 reads it, with a token for the end, which it asks for."""
+    from ctranslate2.converters.transformers import T5Loader
+    from ctranslate2.specs.common_spec import Activation
+    from ctranslate2.specs.transformer_spec import (
+        TransformerDecoderSpec,
+        TransformerEncoderSpec,
+        TransformerSpec,
+    )
+
     settings, theirs, loader = model.settings, hugging_face(model, more_tokens=1), T5Loader()
     # Their T5 loader takes the width of a head to be d_model / num_heads, which in the paper's model it is not.
     options: dict[str, Any] = {
