@@ -327,8 +327,33 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states to hidden states, (..., D)."""
-        hidden = self.wo(self.dropout(self.wi(hidden).relu_()))
+        hidden = self.wi(hidden)
+        if self.training and self.dropout.p and not hidden.is_cuda:
+            hidden = _ReluDropoutOnCpu.apply(hidden, self.dropout.p)
+        else:
+            hidden = self.dropout(hidden.relu_())
+        hidden = self.wo(hidden)
         return hidden
+
+
+class _ReluDropoutOnCpu(torch.autograd.Function):
+    """ReLU and dropout in place: the widest tensors of a layer, of which each new one would cost a millisecond
+    per megabyte. What is not zero afterwards has a gradient, so nothing else is kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, p: float) -> Tensor:
+        ctx.mark_dirty(hidden)
+        ctx.scale = 1 / (1 - p)
+        bits = torch.int16 if hidden.dtype == torch.bfloat16 else torch.int32
+        all_ones = kept(hidden.shape, p).neg_().to(bits)
+        hidden.relu_().view(bits).bitwise_and_(all_ones)
+        ctx.save_for_backward(hidden.mul_(ctx.scale))
+        return hidden
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (dropped,) = ctx.saved_tensors
+        return torch.ops.aten.threshold_backward(gradient, dropped, 0).mul_(ctx.scale), None
 
 
 class Attention(nn.Module):
@@ -365,8 +390,8 @@ class Attention(nn.Module):
         # one wide product is faster than several narrow ones, and joining the weights costs next to nothing
         weight = torch.cat([linear.weight for linear in maps]) if len(maps) > 1 else maps[0].weight
         projected = F.linear(hidden_BTD, weight).view(*hidden_BTD.shape[:2], len(maps), self.num_heads, -1)
-        # whole heads in a row, or each product would copy what it reads
-        return tuple(part.transpose(1, 2).contiguous() for part in projected.unbind(2))
+        parts: tuple[Tensor, ...] = _WholeHeads.apply(projected)
+        return parts
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         """What each query reads, (B, queries, D); `bias` is added to the scores."""
@@ -389,6 +414,23 @@ class Attention(nn.Module):
         place = torch.arange(length, device=weight.device)
         bucket = position_bucket(place[None, :] - place[:, None], bidirectional=bidirectional)
         return F.embedding(bucket, weight).permute(2, 0, 1)[None]
+
+
+class _WholeHeads(torch.autograd.Function):
+    """Parts (B, H, T, D) of projections (B, T, parts, H, D), each head's numbers in a row, or each product would
+    copy what it reads. Copies alone: the gradient of `unbind` is a `cat` that takes several times as long."""
+
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part.transpose(1, 2).contiguous() for part in projected.unbind(2))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        batch, heads, length, width = gradients[0].shape
+        of_projected = gradients[0].new_empty(batch, length, len(gradients), heads, width)
+        for part, gradient in enumerate(gradients):
+            of_projected[:, :, part] = gradient.transpose(1, 2)
+        return of_projected
 
 
 def position_bucket(distance: Tensor, *, bidirectional: bool) -> Tensor:
@@ -462,8 +504,13 @@ class Dropout(nn.Module):
             return hidden
         if hidden.is_cuda:
             return F.dropout(hidden, self.p)
-        # torch's own dropout takes half of a training step on a CPU; four draws from 64 random bits are enough
-        words = torch.empty((hidden.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        keep = words.view(torch.int16)[: hidden.numel()].view(hidden.shape)
-        keep = keep.ge_(round(self.p * 2**16) - 2**15).to(hidden.dtype)
-        return hidden * keep.mul_(1 / (1 - self.p))
+        return hidden * kept(hidden.shape, self.p).to(hidden.dtype).mul_(1 / (1 - self.p))
+
+
+def kept(shape: torch.Size, p: float) -> Tensor:
+    """Which elements dropout leaves on a CPU: each 0 with probability p, else 1; int16.
+
+    torch's own dropout takes half of a training step there; four draws from 64 random bits are enough.
+    """
+    words = torch.empty((shape.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    return words.view(torch.int16)[: shape.numel()].view(shape).ge_(round(p * 2**16) - 2**15)

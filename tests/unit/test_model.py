@@ -7,7 +7,7 @@ from hugging_face import hugging_face
 
 from tiger_ray.config import ModelSettings
 from tiger_ray.errors import ArtifactError
-from tiger_ray.model import EPSILON, Dropout, Norm, TigerModel
+from tiger_ray.model import EPSILON, Dropout, FeedForward, Norm, TigerModel, kept
 from tiger_ray.tokens import PAD, Vocabulary
 
 VOCABULARY = Vocabulary((6, 5, 4), num_user_buckets=3)
@@ -179,6 +179,22 @@ def test_dropout_passes_gradients_where_it_passed_values():
     dropped = Dropout(0.5)(value)
     dropped.sum().backward()
     torch.testing.assert_close(value.grad * value, dropped)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_feed_forward_layer_drops_by_its_mask_and_has_the_gradient_of_that(dtype):
+    layer = FeedForward(ModelSettings(d_model=8, d_ff=33, dropout=0.3)).to(dtype)
+    hidden = torch.randn(5, 7, 8, dtype=dtype, requires_grad=True)
+    torch.manual_seed(1)
+    ours = layer(hidden)
+    torch.manual_seed(1)
+    expected = layer.wo(layer.wi(hidden).relu() * kept(torch.Size([5, 7, 33]), 0.3) / 0.7)
+    torch.testing.assert_close(ours, expected)
+    gradients, theirs = (
+        torch.autograd.grad(y.square().sum(), (hidden, layer.wi.weight, layer.wo.weight))
+        for y in (ours, expected)
+    )
+    torch.testing.assert_close(gradients, theirs)
 
 
 @pytest.mark.parametrize("tied", [True, False])
