@@ -329,7 +329,7 @@ class FeedForward(nn.Module):
         """Hidden states to hidden states, (..., D)."""
         hidden = self.wi(hidden)
         if self.training and self.dropout.p and not hidden.is_cuda:
-            hidden = _ReluDropoutOnCpu.apply(hidden, self.dropout.p)
+            hidden = _ReluDropoutOnCpu.apply(hidden, self.dropout.p)  # type: ignore[no-untyped-call]
         else:
             hidden = self.dropout(hidden.relu_())
         hidden = self.wo(hidden)
@@ -390,7 +390,7 @@ class Attention(nn.Module):
         # one wide product is faster than several narrow ones, and joining the weights costs next to nothing
         weight = torch.cat([linear.weight for linear in maps]) if len(maps) > 1 else maps[0].weight
         projected = F.linear(hidden_BTD, weight).view(*hidden_BTD.shape[:2], len(maps), self.num_heads, -1)
-        parts: tuple[Tensor, ...] = _WholeHeads.apply(projected)
+        parts: tuple[Tensor, ...] = _WholeHeads.apply(projected)  # type: ignore[no-untyped-call]
         return parts
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
@@ -462,7 +462,7 @@ class Norm(nn.Module):
         """Hidden states of unit root mean square times the weight."""
         if hidden.is_cuda:
             return F.rms_norm(hidden, self.weight.shape, self.weight, EPSILON)
-        normed: Tensor = _NormOnCpu.apply(hidden, self.weight)
+        normed: Tensor = _NormOnCpu.apply(hidden, self.weight)  # type: ignore[no-untyped-call]
         return normed
 
 
