@@ -12,7 +12,7 @@ import pytest
 from tiger_ray.cluster import IDLE_MS, IDLE_VARIABLE
 
 # Forked from a server that has done the slow imports, processes of torch.distributed begin at once.
-multiprocessing.set_forkserver_preload(["torch.distributed", "tiger_ray.fitting", "tiger_ray.validation"])
+multiprocessing.set_forkserver_preload(["torch.distributed", "tiger_ray.validation"])
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault(IDLE_VARIABLE, str(IDLE_MS))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ import pytest
 from worlds import Night, run_night, tiny_settings, write
 
 from tiger_ray import synthetic
+
+# As for all tests, and with what the workers of a quantizer import.
+multiprocessing.set_forkserver_preload(["torch.distributed", "tiger_ray.validation", "tiger_ray.fitting"])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -78,7 +78,7 @@ MODELS = [
 ]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.integers(0, 2**32),
     st.integers(1, 72),

@@ -130,7 +130,7 @@ def parts_of(cut):
 
 
 @given(rankings(), st.integers(0, 10))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_metrics_of_any_two_parts_equal_the_loop_over_all_users(case, cut):
     found, target, _ = case
     for found_BP in found:
@@ -140,7 +140,7 @@ def test_metrics_of_any_two_parts_equal_the_loop_over_all_users(case, cut):
 
 
 @given(rankings(), st.integers(0, 10))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_counts_by_group_and_by_pair_of_ranks_are_those_of_their_users(case, cut):
     found, target, group = case
     one, other = (ranks(found_BP, target) for found_BP in found)
@@ -320,7 +320,7 @@ def test_a_paired_interval_is_that_of_the_differences_of_users():
 
 
 @given(st.lists(st.integers(0, 5), max_size=40))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_popularity_counts_from_the_most_trained_item_and_tenths_are_of_warm_items(events):
     order = sorted(range(len(events)), key=lambda item: (-events[item], item))
     warm = [item for item in order if events[item] > 0]
@@ -346,7 +346,7 @@ def test_tenths_hold_equally_many_items_and_no_cold_one():
         max_size=8,
     )
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_a_target_is_in_the_history_of_its_own_user_or_it_is_not(users):
     items = np.array([item for history, _ in users for item in history], np.int32)
     lengths = np.array([len(history) for history, _ in users], np.int64)
@@ -358,7 +358,7 @@ def test_a_target_is_in_the_history_of_its_own_user_or_it_is_not(users):
 
 
 @given(shelves(), st.integers(0, 8))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_exposure_of_any_two_parts_equals_the_loop_over_all_users(case, cut):
     found, eligible, category, events = case
     both = reduce(add, [Exposure.of(found[part], eligible, category) for part in parts_of(cut)])
@@ -369,7 +369,7 @@ def test_exposure_of_any_two_parts_equals_the_loop_over_all_users(case, cut):
 
 
 @given(shelves())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_entropy_of_every_user_equals_the_loop(case):
     found, _, category, _ = case
     entropy = category_entropy(found, category)

@@ -161,7 +161,7 @@ many_histories = st.lists(st.lists(st.integers(0, 11), max_size=7), min_size=1, 
 
 
 @given(many_histories, st.integers(1, 4), st.integers(1, 5), st.integers(0, 3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_each_epoch_shows_every_event_but_the_first_once_with_the_items_before_it(
     histories, max_history, batch_size, seed
 ):

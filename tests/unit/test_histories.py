@@ -93,7 +93,7 @@ two_moments = st.tuples(st.integers(0, 10), st.integers(1, 5)).map(lambda pair: 
 
 
 @given(events, st.integers(3, 8), two_moments)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_every_holdout_cuts_every_history_where_a_plain_loop_does(events, max_events, at):
     with tempfile.TemporaryDirectory() as folder:
         storage, sequences = sequences_of(events, max_events, folder, **moments(*at))
@@ -117,7 +117,7 @@ def test_every_holdout_cuts_every_history_where_a_plain_loop_does(events, max_ev
 
 
 @given(events, st.integers(3, 8), two_moments)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_popularity_counts_what_each_holdout_lets_training_see(events, max_events, at):
     names = ["leave_one_out", "none", "time"]
     with tempfile.TemporaryDirectory() as folder:
@@ -146,7 +146,7 @@ def test_the_most_popular_items_of_every_holdout_are_kept(monkeypatch):
 
 
 @given(events, st.integers(3, 8), two_moments)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_no_event_of_the_validation_or_test_period_is_in_a_training_example(events, max_events, at):
     # The item says when it happened: hidden ones are odd.
     events = [(user, item - item % 2 + (time >= at[0]), time) for user, item, time in events]
@@ -167,7 +167,7 @@ def test_no_event_of_the_validation_or_test_period_is_in_a_training_example(even
 
 
 @given(events, st.integers(3, 8), two_moments, st.integers(1, 4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_validation_asks_for_the_first_event_of_its_period_given_all_before(events, max_events, at, workers):
     expected = []
     for history in loop_histories(events, max_events).values():

@@ -74,7 +74,7 @@ events = st.lists(repeated, max_size=25).map(lambda lists: [event for part in li
 
 
 @given(events, st.lists(st.integers(0, 40), max_size=4), st.integers(3, 6), st.integers(1, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_histories_equal_a_plain_loop_wherever_the_blocks_are_cut(events, cuts, max_events, num_shards):
     edges = [0, *sorted(min(cut, len(events)) for cut in cuts), len(events)]
     blocks = [events[start:end] for start, end in zip(edges, edges[1:], strict=False)]
@@ -91,7 +91,7 @@ def test_histories_equal_a_plain_loop_wherever_the_blocks_are_cut(events, cuts, 
         max_size=20,
     )
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_int64_ids_are_told_apart_to_the_last_bit(events):
     ids = [2**53, 2**53 + 1]
     found = histories(
@@ -115,7 +115,7 @@ placed_event = st.tuples(  # few different ones, so that most are repeats but fo
 
 
 @given(st.lists(placed_event, max_size=30), st.lists(st.integers(0, 30), max_size=3), st.integers(3, 5))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_histories_with_ties_by_column_equal_a_plain_sort_wherever_the_blocks_are_cut(
     events, cuts, max_events
 ):

@@ -9,7 +9,9 @@ from tiger_ray.errors import DataError
 from tiger_ray.trie import Trie
 
 LEVEL_SIZES = (3, 3, 2)
-relaxed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+relaxed = settings(
+    max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
 
 
 @st.composite
