@@ -28,6 +28,9 @@ from tiger_ray.precision import dtype_of
 from tiger_ray.tokens import Vocabulary, pad_histories, user_buckets
 from tiger_ray.training_log import LossWindow, TrainingLog, training_operations
 
+BATCH_TOKENS = {"cpu": 16_384, "cuda": 262_144}
+"""Default of `training.batch_tokens`, by kind of device."""
+
 
 class Work(NamedTuple):
     """One batch, ready for a network."""

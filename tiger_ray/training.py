@@ -30,7 +30,7 @@ from tiger_ray.errors import ArtifactError, DataError, StorageError
 from tiger_ray.examples import Examples
 from tiger_ray.histories import require_holdout
 from tiger_ray.model import TigerModel
-from tiger_ray.optimization import Task, fit, make_optimizer, tiger_task
+from tiger_ray.optimization import BATCH_TOKENS, Task, fit, make_optimizer, tiger_task
 from tiger_ray.precision import dtype_of
 from tiger_ray.rankers import Ranker
 from tiger_ray.registry import id_space, load_semantic_ids, registry_of
@@ -42,9 +42,6 @@ from tiger_ray.validation import BeamRanker, Validation
 from tiger_ray.workers import Worker, run_workers
 
 MODEL_FILES = ("model.safetensors", "config.json")
-
-BATCH_TOKENS = {"cpu": 16_384, "cuda": 262_144}
-"""Default of `training.batch_tokens`, by kind of device."""
 
 WARM_START_DAYS = 31
 """How far back a model to start from is looked for."""

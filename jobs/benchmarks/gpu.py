@@ -32,14 +32,13 @@ from tiger_ray.config import DecodingSettings, ModelSettings, TrainingSettings
 from tiger_ray.examples import Examples
 from tiger_ray.histories import HELD_OUT
 from tiger_ray.model import TigerModel
-from tiger_ray.optimization import fit, make_optimizer, tiger_task
+from tiger_ray.optimization import BATCH_TOKENS, fit, make_optimizer, tiger_task
 from tiger_ray.tokens import Vocabulary, pad_histories
 from tiger_ray.training_log import TrainingLog, measured_peak
 from tiger_ray.validation import BeamRanker, Validation
 
 ROUNDS = 5
 PAPER_STEPS, PAPER_BATCH = 200_000, 256
-BATCH_TOKENS = 262_144
 
 
 def main() -> None:
@@ -153,7 +152,9 @@ def measure_training(claims: Claims, words: Any) -> None:
             steps, settings.num_steps, words.device, peak, [lambda _, values, seen=seen: seen.append(values)]
         )
         batches = beauty_examples(words.beauty).batches(
-            settings.global_batch_size, id_length=model.vocabulary.id_length, batch_tokens=BATCH_TOKENS
+            settings.global_batch_size,
+            id_length=model.vocabulary.id_length,
+            batch_tokens=BATCH_TOKENS[words.device.type],
         )
         optimizer, task = make_optimizer(model, settings), tiger_task(model, planted_codes())
         fit(model, optimizer, batches, task, settings, Progress(), log, seed=0)
@@ -271,7 +272,9 @@ def trained(
         model,
         make_optimizer(model, settings),
         examples.batches(
-            settings.global_batch_size, id_length=model.vocabulary.id_length, batch_tokens=BATCH_TOKENS
+            settings.global_batch_size,
+            id_length=model.vocabulary.id_length,
+            batch_tokens=BATCH_TOKENS[device.type],
         ),
         tiger_task(model, world.codes_NI),
         settings,

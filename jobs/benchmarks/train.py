@@ -38,9 +38,8 @@ from tiger_ray.checkpoints import Progress
 from tiger_ray.config import TrainingSettings
 from tiger_ray.examples import BATCHES_PER_GROUP, Batch
 from tiger_ray.model import TigerModel
-from tiger_ray.optimization import fit, learning_rate, make_optimizer, tiger_task, tokens_of
+from tiger_ray.optimization import BATCH_TOKENS, fit, learning_rate, make_optimizer, tiger_task, tokens_of
 from tiger_ray.tokens import PAD
-from tiger_ray.training import BATCH_TOKENS
 from tiger_ray.training_log import TrainingLog, measured_peak
 
 GLOBAL_BATCH = 256

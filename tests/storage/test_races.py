@@ -234,13 +234,8 @@ jobs_of_all_kinds = st.lists(
 )
 
 
-@given(jobs=jobs_for_one_date, data=st.data())
-@quick
-def test_of_rivals_for_one_date_exactly_one_night_publishes_and_the_others_are_told(
-    jobs: list[Job], data: st.DataObject
-) -> None:
-    memory = Memory()
-    Schedule(memory, data.draw, ("none",)).run(jobs)
+def only_winner(memory: Memory, jobs: list[Job]) -> Manifest:
+    """What the one date shows, once and for all; its jobs know it, and the others were told."""
     (winner,) = check_as_a_reader(memory).values()
     for job in jobs:
         if NIGHTS[job.night] == winner.fingerprint:
@@ -248,6 +243,17 @@ def test_of_rivals_for_one_date_exactly_one_night_publishes_and_the_others_are_t
         else:
             assert isinstance(job.outcome, PublishError)
     assert len(memory.history[f"catalog/date={DATES[1]}/_manifest.json"]) == 1
+    return winner
+
+
+@given(jobs=jobs_for_one_date, data=st.data())
+@quick
+def test_of_rivals_for_one_date_exactly_one_night_publishes_and_the_others_are_told(
+    jobs: list[Job], data: st.DataObject
+) -> None:
+    memory = Memory()
+    Schedule(memory, data.draw, ("none",)).run(jobs)
+    only_winner(memory, jobs)
 
 
 @given(jobs=jobs_for_one_date, data=st.data())
@@ -263,13 +269,7 @@ def test_after_lost_answers_and_kills_a_rerun_ends_published_with_the_same_conte
                 job.outcome = job.run(memory)
             except PublishError as error:
                 job.outcome = error
-    (winner,) = check_as_a_reader(memory).values()
-    for job in jobs:
-        if NIGHTS[job.night] == winner.fingerprint:
-            assert job.outcome == winner
-        else:
-            assert isinstance(job.outcome, PublishError)
-    assert len(memory.history[f"catalog/date={DATES[1]}/_manifest.json"]) == 1
+    winner = only_winner(memory, jobs)
     undisturbed = next(job for job in jobs if NIGHTS[job.night] == winner.fingerprint).run(Memory())
     assert winner.digest == undisturbed.digest
     assert reader(memory).resolve("catalog") == winner
