@@ -262,7 +262,8 @@ def _compute(run: Run, settings: Settings, contender: Contender, inputs: Mapping
         "unseen_targets": settings.evaluation.unseen_targets,
         "users": "all" if share == 1.0 else f"a hash sample of {share:.2%}",
     }
-    metrics = run.write_file(METRICS_FILE, json.dumps({"protocol": protocol, **found}, indent=2).encode())
+    facts = {"protocol": protocol, "training": _training(inputs.get("model"))}
+    metrics = run.write_file(METRICS_FILE, json.dumps({**facts, **found}, indent=2).encode())
     values = {
         who: {"users": users, **{name: each["value"] for name, each in found[who].items()}}
         for who in ("model", "popularity")
@@ -274,8 +275,19 @@ def _compute(run: Run, settings: Settings, contender: Contender, inputs: Mapping
     return [*entries, metrics], {
         "summary": f"{users:,} users, {summary} (popularity {popular})",
         **values,
-        "protocol": protocol,
+        **facts,
     }
+
+
+def _training(model: Manifest | None) -> str | None:
+    """What a trained ranker was trained with, in words; no part of the protocol, which nights have in common."""
+    if model is None:
+        return None
+    training = model.settings["training"]
+    return (
+        f"step {model.metadata['step']:,} of {training['num_steps']:,}, batches of {training['global_batch_size']}, "
+        f"seed {model.settings['seed']}"
+    )
 
 
 class _RankShard:

@@ -117,6 +117,9 @@ def test_sasrec_learns_by_the_workers_of_the_model_and_is_kept(
     assert [point["step"] for point in curve] == [30, 40]
     assert curve[-1]["loss"] < 0.9 * math.log(122)  # better than guessing among the items
     assert evaluated["sasrec"].inputs["model"] == model.digest
+    chosen = max(curve, key=lambda point: point["ndcg@10"])["step"]
+    said = f"step {chosen} of 40, batches of {model.settings['training']['global_batch_size']}, seed 0"
+    assert evaluated["sasrec"].metadata["training"] == said
     again = contenders.train_sasrec(
         rivals.settings("sasrec"), rivals.storage, rivals.night["semantic_ids"], rivals.night["sequences"]
     )
@@ -161,6 +164,8 @@ def test_the_table_has_every_ranker_its_difference_and_the_published_rows(
     )
     for label in ("TIGER |", "SASRec, softmax |", "popularity |", "TIGER, paper (table 1) | 0.0454 | 0.0321"):
         assert f"| {label}" in text
+    assert f"training {evaluated['sasrec'].metadata['training']} |" in text
+    assert "cosine to the last item's content embedding, encoder hashing |" in text
     rows = {row["method"]: row for row in json.loads(file.read_text())["beauty once"]}
     reference = evaluated["sasrec"].metadata["model"]
     for label, who in (("TIGER", "model"), ("popularity", "popularity")):

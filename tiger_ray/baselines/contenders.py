@@ -107,8 +107,14 @@ def _neighbours(
         arguments={"storage": storage, "semantic_ids": semantic_ids, "embeddings": embeddings},
         inputs={"embeddings": embeddings},
         sections={},
-        more={"encoder": embeddings.metadata["encoder"]},
+        more={"encoder": encoder_name(embeddings)},
     )
+
+
+def encoder_name(embeddings: Manifest) -> str:
+    """What made the embeddings, as their settings name it."""
+    settings = embeddings.settings["embeddings"]
+    return str(settings["model"] if settings["encoder"] == "sentence-transformers" else settings["encoder"])
 
 
 def make_neighbours(storage: Storage, semantic_ids: Manifest, embeddings: Manifest) -> Neighbours:
