@@ -26,7 +26,7 @@ test-pipeline: .venv/test
 	$(BIN)/python -m pytest tests/pipeline/test_serving.py
 
 test-unit: .venv/test
-	$(BIN)/python -m pytest tests/docs tests/storage tests/unit
+	$(BIN)/python -m pytest tests/models tests/repository tests/storage tests/unit
 
 unit: .venv/test
 	$(BIN)/python -m pytest tests/unit --numprocesses 2

@@ -1,12 +1,14 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
-from hugging_face import LevelSoftmax, generate, hugging_face
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import histories_of, split
 
 from tiger_ray import hashing, trie
 from tiger_ray.beam_search import (
@@ -28,33 +30,9 @@ from tiger_ray.tokens import Vocabulary
 from tiger_ray.trie import Closed, Trie
 
 LEVEL_SIZES = (4, 3, 3, 2)
-EVERY_ID = np.array(list(np.ndindex(*LEVEL_SIZES)), np.int16)
-
-
-def tiny_model(**changes) -> TigerModel:
-    torch.manual_seed(0)
-    sizes = {"num_layers": 2, "d_model": 16, "num_heads": 2, "d_kv": 8, "d_ff": 24} | changes
-    model_settings = ModelSettings(**sizes)
-    return TigerModel(model_settings, Vocabulary(LEVEL_SIZES, model_settings.num_user_buckets)).eval()
-
-
+tiny_model = partial(tiny_models.tiny_model, LEVEL_SIZES, num_user_buckets=0)
+catalog_of = partial(tiny_models.catalog_of, LEVEL_SIZES)
 MODEL = tiny_model()
-
-
-def catalog_of(seed: int, num_items: int) -> np.ndarray:
-    return np.random.default_rng(seed).permutation(EVERY_ID)[:num_items]
-
-
-def histories_of(
-    seed: int, num_users: int, num_items: int, longest: int = 6
-) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    lengths_B = rng.integers(1, longest + 1, num_users)
-    return rng.integers(0, num_items, lengths_B.sum()).astype(np.int32), lengths_B
-
-
-def split(item_index: np.ndarray, lengths_B: np.ndarray) -> list[np.ndarray]:
-    return np.split(item_index, np.cumsum(lengths_B)[:-1])
 
 
 def score_every_item(model: TigerModel, codes_NI: np.ndarray, history: np.ndarray) -> np.ndarray:
@@ -108,26 +86,6 @@ def test_beam_search_equals_exhaustive_scoring_on_tiny_catalogs(
         assert (score_BK[user, count:] == -np.inf).all()
         np.testing.assert_allclose(score_BK[user, :count], expected_N[found_BK[user, :count]], atol=1e-4)
         assert (np.diff(score_BK[user, :count]) <= 0).all()
-
-
-@pytest.mark.parametrize("model", MODELS, ids=lambda model: str(model.settings.softmax))
-@pytest.mark.parametrize("width", [7, 10, 50])
-def test_beam_search_equals_generate_of_hugging_face(width, model):
-    codes_NI = catalog_of(0, 70)
-    eligible_N = np.arange(70) % 5 != 0
-    item_index, lengths_B = histories_of(0, 4, 70)
-    decoder = Decoder(model, codes_NI, eligible_N, DecodingSettings(beam_width=width))
-    found_BW, score_BW = decoder.recommend(item_index, lengths_B, None, width)
-
-    theirs = hugging_face(model)
-    level_softmax = LevelSoftmax(model.vocabulary) if model.settings.softmax == "level" else None
-    tokens = model.vocabulary.item_tokens(codes_NI).tolist()
-    item_of = {tuple(tokens[item]): item for item in np.flatnonzero(eligible_N)}
-    for user, history in enumerate(split(item_index, lengths_B)):
-        read = [token for item in history for token in tokens[item]]
-        found, score = generate(theirs, read, item_of, width, level_softmax)
-        assert found_BW[user].tolist() == [item_of[row] for row in found]
-        np.testing.assert_allclose(score_BW[user], score, atol=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -1,50 +1,17 @@
 import json
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from hugging_face import hugging_face
+from tiny_models import VOCABULARY, padded_batch, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
 
 from tiger_ray.config import ModelSettings
 from tiger_ray.errors import ArtifactError
 from tiger_ray.model import EPSILON, Dropout, FeedForward, Norm, TigerModel, kept
-from tiger_ray.tokens import PAD, Vocabulary
-
-VOCABULARY = Vocabulary((6, 5, 4), num_user_buckets=3)
-
-
-def tiny_model(**changes) -> TigerModel:
-    torch.manual_seed(0)
-    sizes = {"num_layers": 2, "d_model": 16, "num_heads": 2, "d_kv": 8, "d_ff": 24, "num_user_buckets": 3}
-    return TigerModel(ModelSettings(**(sizes | changes)), VOCABULARY).eval()
-
-
-def padded_batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Histories of 1 to 180 tokens (the far position buckets too) and targets."""
-    torch.manual_seed(1)
-    history_BT = torch.randint(1, VOCABULARY.size, (4, 180))
-    for row, length in enumerate((180, 131, 9, 1)):
-        history_BT[row, length:] = PAD
-    first_I = torch.tensor(VOCABULARY.offsets)
-    return history_BT, first_I + torch.randint(0, 4, (4, 3))
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_logits_loss_and_gradients_equal_those_of_hugging_face(tied):
-    ours = tiny_model(tie_embeddings=tied)
-    theirs = hugging_face(ours)
-    history_BT, target_BI = padded_batch()
-    expected = theirs(input_ids=history_BT, attention_mask=(history_BT != PAD).long(), labels=target_BI)
-
-    torch.testing.assert_close(ours.logits(history_BT, target_BI), expected.logits, atol=1e-4, rtol=0)
-    loss = ours(history_BT, target_BI).mean()
-    torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=0)
-    loss.backward()
-    expected.loss.backward()
-    gradients = {name: weight.grad for name, weight in theirs.named_parameters()}
-    assert gradients.keys() == dict(ours.named_parameters()).keys()
-    for name, weight in ours.named_parameters():
-        torch.testing.assert_close(weight.grad, gradients[name], atol=1e-5, rtol=1e-4, msg=name)
+from tiger_ray.tokens import Vocabulary
+from tiger_ray.training_log import training_operations
 
 
 def losses_by_hand(model: TigerModel, history_BT: torch.Tensor, target_BI: torch.Tensor, smoothing: float):
@@ -106,46 +73,6 @@ def test_a_softmax_over_levels_leaves_the_logits_of_other_levels_alone():
     touched_V = model.lm_head.weight.grad.abs().sum(1) > 0
     first = VOCABULARY.offsets[1]
     assert touched_V.nonzero().flatten().tolist() == list(range(first, first + VOCABULARY.level_sizes[1]))
-
-
-def test_weights_of_hugging_face_load_strictly():
-    theirs = hugging_face(tiny_model())
-    ours = tiny_model(num_layers=2)
-    with torch.no_grad():
-        for weight in theirs.parameters():
-            weight.normal_()
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    history_BT, target_BI = padded_batch()
-    expected = theirs(input_ids=history_BT, attention_mask=(history_BT != PAD).long(), labels=target_BI)
-    torch.testing.assert_close(ours.logits(history_BT, target_BI), expected.logits, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("softmax", ["vocabulary", "level"])
-def test_hugging_face_reads_the_files(tmp_path, tied, softmax):
-    from transformers import T5ForConditionalGeneration
-
-    ours = tiny_model(tie_embeddings=tied, softmax=softmax)
-    for name, data in ours.to_files().items():
-        (tmp_path / name).write_bytes(data)
-    theirs, report = T5ForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-    assert not report["mismatched_keys"]
-    history_BT, target_BI = padded_batch()
-    expected = theirs(input_ids=history_BT, attention_mask=(history_BT != PAD).long(), labels=target_BI)
-    torch.testing.assert_close(ours.logits(history_BT, target_BI), expected.logits, atol=1e-5, rtol=0)
-
-
-def test_initial_weights_deviate_as_those_of_hugging_face():
-    sizes = {"d_model": 64, "num_heads": 4, "d_kv": 32, "d_ff": 256}
-    ours = tiny_model(**sizes)
-    theirs = hugging_face(ours)
-    theirs.init_weights()
-    for name, weight in theirs.named_parameters():
-        if weight.numel() < 1000:  # too few numbers to know a deviation by
-            continue
-        assert ours.get_parameter(name).std().item() == pytest.approx(weight.std().item(), rel=0.1), name
 
 
 @pytest.mark.parametrize("softmax", ["vocabulary", "level"])
@@ -265,3 +192,16 @@ def test_the_norm_and_its_gradient_are_those_of_torch():
         torch.autograd.grad(y, (hidden, norm.weight), upstream) for y in (norm(hidden), expected)
     )
     torch.testing.assert_close(gradients, theirs)
+
+
+@pytest.mark.parametrize("softmax", ["vocabulary", "level"])
+@pytest.mark.parametrize("sizes", [{}, {"num_layers": 2, "d_model": 64, "num_heads": 3, "d_kv": 16}], ids=str)
+def test_operations_are_those_of_the_matrix_products_without_padding(softmax, sizes):
+    model = TigerModel(ModelSettings(softmax=softmax, **sizes), Vocabulary((256, 256, 256, 64)))
+    num_examples, num_tokens = 8, 28
+    history_BT = torch.randint(1, 833, (num_examples, num_tokens))
+    target_BI = torch.tensor([[1, 257, 513, 769]]).repeat(num_examples, 1)
+    with FlopCounterMode(display=False) as counter:
+        model(history_BT, target_BI).sum().backward()
+    counted = training_operations(model, np.full(num_examples, num_tokens))
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
