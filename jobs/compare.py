@@ -4,7 +4,8 @@
 
 Another date of a root is a table of its own: `"beauty masked=data/amazon/beauty@2026-11-26"`. The first word is
 the data set, whose published rows stand below ours.
-A page that has the lines `<!-- results -->` and `<!-- /results -->` keeps what is outside of them.
+A page that has the lines `<!-- results -->` and `<!-- /results -->` keeps what is outside of them, and between
+them the tables of other names; so does the JSON. Sets may be evaluated on different days and machines.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import csv
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from tiger_ray.errors import TigerError
@@ -49,29 +51,36 @@ def main() -> None:
         dated = re.fullmatch(r"(.+)@(\d{4}-\d\d-\d\d)", root)
         root, date = dated.groups() if dated else (root, words.date)
         rows[name] = comparison.rows_of(Storage(root), date, words.reference)
-    tables = []
+    tables = {}
     for name, ours in rows.items():
         theirs = [comparison.published_row(line) for line in published if line["dataset"] == name.split()[0]]
-        tables.append(f"**{name}**\n\n{comparison.markdown(ours, theirs, words.reference)}")
-    text = "\n\n".join(tables)
-    print(text)
+        tables[name] = comparison.markdown(ours, theirs, words.reference)
+    print(joined(tables))
     if words.markdown:
-        write_between(words.markdown, text)
+        write_between(words.markdown, tables)
     if words.json:
-        found = {name: comparison.as_json(ours) for name, ours in rows.items()}
+        found = json.loads(words.json.read_text(encoding="utf-8")) if words.json.exists() else {}
+        found |= {name: comparison.as_json(ours) for name, ours in rows.items()}
         words.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-def write_between(page: Path, text: str) -> None:
-    """Put the text between the marks of a page, or make the page of it."""
-    before = after = ""
+def joined(tables: Mapping[str, str]) -> str:
+    """One table below the other, each with its name."""
+    return "\n\n".join(f"**{name}**\n\n{table}" for name, table in tables.items())
+
+
+def write_between(page: Path, tables: Mapping[str, str]) -> None:
+    """Put the tables between the marks of a page, in place of those of the same names, or make the page of them."""
+    before, between, after = "", "", "\n"
     if page.exists():
         whole = page.read_text(encoding="utf-8")
         if BEGIN not in whole or END not in whole:
             raise SystemExit(f"{page} exists and has no lines {BEGIN} and {END} to write between; add them")
         before, _, rest = whole.partition(BEGIN)
-        after = rest.partition(END)[2]
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after or chr(10)}", encoding="utf-8")
+        between, _, after = rest.partition(END)
+    _, *there = re.split(r"^\*\*(.+)\*\*$", between, flags=re.MULTILINE)
+    kept = dict(zip(there[::2], map(str.strip, there[1::2]), strict=True))
+    page.write_text(f"{before}{BEGIN}\n\n{joined(kept | tables)}\n\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

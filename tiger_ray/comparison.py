@@ -90,7 +90,9 @@ def _row(
         joint_CC = paired_counts(storage, evaluated, reference, max(ks))
         estimates = evaluation.differences(joint_CC, ks, seed=evaluated.settings["seed"])
         difference = {name: asdict(estimate) for name, estimate in estimates.items()}
-    details = {name: value for name, value in metrics.items() if name not in ("model", "protocol", "training")}
+    details = {
+        name: value for name, value in metrics.items() if name not in ("model", "protocol", "training")
+    }
     if exact is not None and evaluated.inputs["model"] == exact.inputs["model"]:
         details["shown"] = {**metrics["shown"], "of_exact": recall_of(storage, evaluated, exact, TOP)}
     # the budget is no part of the protocol that a night is held to, but of what a reader has to know

@@ -149,7 +149,9 @@ def test_the_table_has_every_ranker_its_difference_and_the_published_rows(
     compare = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(compare)
     page, file = tmp_path / "page.md", tmp_path / "all.json"
-    page.write_text("before\n<!-- results -->\nlast night\n<!-- /results -->\nafter\n")
+    old = "**beauty once**\n\nlast night\n\n**toys**\n\n| of another machine |\n"
+    page.write_text(f"before\n<!-- results -->\n{old}\n<!-- /results -->\nafter\n")
+    file.write_text('{"toys": []}')
     words = ["--date", TUESDAY, "--json", str(file), "--markdown", str(page)]
     words += [f"beauty once={rivals.root}@{MONDAY}"]
     monkeypatch.setattr(sys, "argv", ["compare.py", *words])
@@ -159,9 +161,12 @@ def test_the_table_has_every_ranker_its_difference_and_the_published_rows(
     assert text.startswith("before\n<!-- results -->\n")
     assert text.endswith("<!-- /results -->\nafter\n")
     assert "last night" not in text
-    assert (
-        text.partition("<!-- results -->")[2].partition("<!-- /results")[0].strip() in capsys.readouterr().out
+    tables, _, others = (
+        text.partition("<!-- results -->")[2].partition("<!-- /results")[0].partition("**toys**")
     )
+    assert tables.strip() in capsys.readouterr().out
+    assert others.strip() == "| of another machine |"
+    assert json.loads(file.read_text())["toys"] == []
     for label in ("TIGER |", "SASRec, softmax |", "popularity |", "TIGER, paper (table 1) | 0.0454 | 0.0321"):
         assert f"| {label}" in text
     assert f"training {evaluated['sasrec'].metadata['training']} |" in text
