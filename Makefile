@@ -51,6 +51,7 @@ results: .venv/studies
 	  test $$date = $(DATE) || with="$$with --evaluation.exclude_history true"; \
 	  with="$$with --catalog.uri $(TIGER_DATA)/$$set/items.parquet"; \
 	  with="$$with --events.uri $(TIGER_DATA)/$$set/interactions.parquet"; \
+	  test ! -e jobs/$$set.yaml || with="$$with --config jobs/$$set.yaml"; \
 	  $(BIN)/python jobs/nightly.py $$with $(MODEL); \
 	  for rival in $(RIVALS); do $(BIN)/python jobs/baseline.py $$with $$rival; done; \
 	done; done
