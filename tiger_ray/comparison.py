@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 from tiger_ray import evaluation
@@ -14,21 +15,23 @@ from tiger_ray.errors import ArtifactError
 from tiger_ray.harness import load_metrics, paired_counts, recall_of
 from tiger_ray.storage import Manifest, Storage
 
+LOSSES = {"softmax": "softmax", "binary": "binary loss"}
+MAPS = {"": "", "-map": ", output map"}
+INDEXES = {"": "", "-hnsw": ", FAISS HNSW", "-ivf": ", FAISS IVF"}
+
 LABELS = {
     "evaluation": "TIGER",
-    "evaluation-sasrec-softmax": "SASRec, softmax",
-    "evaluation-sasrec-softmax-hnsw": "SASRec, softmax, FAISS HNSW",
-    "evaluation-sasrec-softmax-ivf": "SASRec, softmax, FAISS IVF",
-    "evaluation-sasrec-softmax-map": "SASRec, softmax, output map",
-    "evaluation-sasrec-binary": "SASRec, binary loss",
+    **{
+        f"evaluation-sasrec-{loss}{mapped}{index}": f"SASRec, {LOSSES[loss]}{MAPS[mapped]}{INDEXES[index]}"
+        for loss, mapped, index in product(LOSSES, MAPS, INDEXES)
+    },
     "evaluation-neighbours": "neighbours of the last item, content",
     "evaluation-popularity": "popularity",
 }
 """Artifacts that are looked for, and what their rows are called."""
 
 EXACT = {
-    "evaluation-sasrec-softmax-hnsw": "evaluation-sasrec-softmax",
-    "evaluation-sasrec-softmax-ivf": "evaluation-sasrec-softmax",
+    name: name.removesuffix(index) for index in INDEXES if index for name in LABELS if name.endswith(index)
 }
 """What an approximate index looks for: the lists of the same model, ranked exactly."""
 
@@ -58,7 +61,7 @@ def rows_of(storage: Storage, date: str, reference: str) -> list[Row]:
 
     Raises:
         ArtifactError: there is none.
-        DataError: two of them are not of the same users and targets.
+        DataError: two of them are not of the same protocol, users and targets.
     """
     found: dict[str, Manifest] = {}
     for artifact in LABELS:
@@ -87,17 +90,20 @@ def _row(
     difference = None
     if reference is not None and reference.run_id != evaluated.run_id:
         ks = evaluated.settings["evaluation"]["ks"]
-        joint_CC = paired_counts(storage, evaluated, reference, max(ks))
+        joint_CC = paired_counts(storage, evaluated, reference, _places(evaluated))
         estimates = evaluation.differences(joint_CC, ks, seed=evaluated.settings["seed"])
         difference = {name: asdict(estimate) for name, estimate in estimates.items()}
-    details = {
-        name: value for name, value in metrics.items() if name not in ("model", "protocol", "training")
-    }
-    if exact is not None and evaluated.inputs["model"] == exact.inputs["model"]:
+    apart = ("model", "protocol", "periods", "training")
+    details = {name: value for name, value in metrics.items() if name not in apart}
+    if exact is not None and evaluated.inputs["model"] == exact.inputs["model"] and _places(evaluated) >= TOP:
         details["shown"] = {**metrics["shown"], "of_exact": recall_of(storage, evaluated, exact, TOP)}
     # the budget is no part of the protocol that a night is held to, but of what a reader has to know
-    protocol = {**metrics["protocol"], "training": metrics["training"]}
+    protocol = {**metrics["protocol"], "periods": metrics["periods"], "training": metrics["training"]}
     return Row(LABELS[artifact], metrics["model"], protocol, difference, details)
+
+
+def _places(evaluated: Manifest) -> int:
+    return max(evaluated.settings["evaluation"]["ks"])
 
 
 def published_row(line: Mapping[str, str]) -> Row:

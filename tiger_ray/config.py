@@ -418,6 +418,16 @@ class EvaluationSettings(Section):
     max_drop: Share = 0.2
     """Quality gate: share of the last published NDCG that a new night may lose."""
 
+    @model_validator(mode="after")
+    def _whole_histories_are_masked(self) -> EvaluationSettings:
+        if self.exclude_history and self.max_history is not None:
+            raise ValueError(
+                f"evaluation.exclude_history masks whole histories, of which evaluation.max_history {self.max_history} "
+                "would give a ranker only the end; leave evaluation.max_history empty (what a model reads is limited by "
+                "model.max_history or sasrec.max_history, and all is masked)"
+            )
+        return self
+
 
 class SasrecSettings(Section):
     """A transformer over item ids, trained by section `training` (jobs/sasrec.yaml has settings for Amazon Beauty)."""

@@ -8,8 +8,10 @@ B users of a shard, P places of a list, N items, C cells of a count by rank, G g
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,7 @@ import ray
 from tiger_ray import evaluation, schemas
 from tiger_ray.beam_search import best_first, ranges
 from tiger_ray.config import Section, Settings
-from tiger_ray.errors import ArtifactError, DataError
+from tiger_ray.errors import ArtifactError, DataError, TigerError
 from tiger_ray.evaluation import Estimate, Exposure
 from tiger_ray.hashing import mixed
 from tiger_ray.histories import columns_for, cuts_of, require_holdout, user_shards
@@ -39,6 +41,9 @@ METRICS_FILE = "metrics.json"
 
 LENGTH_EDGES = (3, 5, 10, 20)
 """History lengths at which the next group of users begins."""
+
+GATES = ("min_ratio_to_popularity", "max_drop")
+"""Settings of section evaluation that change no list and no metric."""
 
 NUM_TASKS = 8
 """Tasks at most that count lists; each adds up counts of all items."""
@@ -65,6 +70,8 @@ class Contender:
     num_workers: int = 1
     num_cpus: float = 1
     use_gpu: bool = False
+    reads_events: bool = False
+    """`make` is also given `events_N`: the events of each item that training may see, (N,) int64."""
 
     @property
     def artifact(self) -> str:
@@ -103,7 +110,7 @@ def evaluate(
             "beam_width": decoding.beam_width,
             "items": "drawn" if decoding.sample else "most probable",
             "temperature": decoding.temperature,
-            "model_history": settings.model.max_history,
+            "model_history": model.settings["model"]["max_history"],
         },
         holdout=model.metadata["holdout"],
         inputs={"model": model},
@@ -126,7 +133,7 @@ def evaluate_ranker(
     """Publish the evaluation of any ranker: the same users, targets, masks and counts for all.
 
     Raises:
-        DataError: training saw all events, or nobody has a held-out event.
+        DataError: training saw all events, or there is nobody to evaluate.
         ArtifactError: it was trained on other histories, or these have no moments for a time split.
     """
     if contender.holdout == "none":
@@ -175,7 +182,7 @@ def paired_counts(
     """Users by their ranks in two evaluations, (C, C) int64, as `evaluation.joint_rank_counts`.
 
     Raises:
-        DataError: they are not of the same users and targets.
+        DataError: they are not of the same protocol, users and targets.
     """
     joint_CC = np.zeros((num_places + 1, num_places + 1), np.int64)
     for one, two in _shard_pairs(storage, evaluated, other):
@@ -187,7 +194,7 @@ def recall_of(storage: Storage, evaluated: Manifest, other: Manifest, k: int) ->
     """Mean over users of the share of the other evaluation's first k items that are among the first k of this one.
 
     Raises:
-        DataError: they are not of the same users and targets.
+        DataError: they are not of the same protocol, users and targets.
     """
     share, users = 0.0, 0
     for one, two in _shard_pairs(storage, evaluated, other):
@@ -201,6 +208,16 @@ def _shard_pairs(
     storage: Storage, evaluated: Manifest, other: Manifest
 ) -> Iterator[tuple[pa.Table, pa.Table]]:
     """Lists of two evaluations, a shard at a time, of the same users in the same order."""
+    differ = [
+        f"evaluation.{name} {value} and {other.settings['evaluation'][name]}"
+        for name, value in evaluated.settings["evaluation"].items()
+        if name not in GATES and other.settings["evaluation"][name] != value
+    ]
+    if differ:
+        raise DataError(
+            f"{evaluated.artifact} {evaluated.run_id} and {other.artifact} {other.run_id} cannot be compared: "
+            f"{', '.join(differ)}; evaluate both with the same section evaluation"
+        )
     theirs = {entry.name: entry for entry in list_shards(other)}
     for entry in list_shards(evaluated):
         one = storage.read_table(evaluated, entry)
@@ -221,9 +238,11 @@ def _ranks(lists: pa.Table) -> npt.NDArray[np.int64]:
 
 def _compute(run: Run, settings: Settings, contender: Contender, inputs: Mapping[str, Manifest]) -> Computed:
     storage, sequences, semantic_ids = run.storage, inputs["sequences"], inputs["semantic_ids"]
-    num_users = int(sequences.metadata["users"])
     max_users = settings.evaluation.max_users
-    share = 1.0 if max_users is None else min(1.0, max_users / max(num_users, 1))
+    share = 1.0
+    if max_users is not None:
+        candidates = sequences.metadata[f"{settings.evaluation.split}_users_{contender.holdout}"]
+        share = min(1.0, max_users / max(candidates, 1))
     training_events = _training_events(
         storage, sequences, contender.holdout, int(semantic_ids.metadata["items"])
     )
@@ -245,24 +264,23 @@ def _compute(run: Run, settings: Settings, contender: Contender, inputs: Mapping
     )
     users = sum(entry.rows for entry in entries)
     if users == 0:
-        raise DataError(
-            f"no user has the events that training.holdout {contender.holdout!r} needs to hold one out; nothing can be "
-            "evaluated. Set training.holdout to 'none' to train and recommend without evaluation"
-        )
+        raise DataError(_nobody(settings, contender.holdout, sequences))
     found = _count(run, entries, settings, inputs, training_events)
-    split = contender.holdout.replace("_", "-")
-    if contender.holdout == "time":
-        split += f" (from {sequences.metadata['validation_from']} and {sequences.metadata['test_from']})"
+    events = sequences.settings["events"]
     protocol = {
-        "split": f"{split}, {settings.evaluation.split}",
+        "split": f"{contender.holdout.replace('_', '-')}, {settings.evaluation.split}",
         **contender.ranking,
         "history_masked": settings.evaluation.exclude_history,
         "max_history": settings.evaluation.max_history,
-        "ties": settings.events.tie or settings.events.ties,
+        "ties": events["tie"] or events["ties"],
         "unseen_targets": settings.evaluation.unseen_targets,
-        "users": "all" if share == 1.0 else f"a hash sample of {share:.2%}",
+        "users": "all" if max_users is None else f"a hash sample of about {max_users:,}",
     }
-    facts = {"protocol": protocol, "training": _training(inputs.get("model"))}
+    # what changes from night to night is not in the protocol, by which nights are held against each other
+    facts = {"protocol": protocol, "periods": None, "training": _training(inputs.get("model"))}
+    if contender.holdout == "time":
+        first, second = (sequences.metadata[name] for name in ("validation_from", "test_from"))
+        facts["periods"] = f"validation from {first}, test from {second}"
     metrics = run.write_file(METRICS_FILE, json.dumps({**facts, **found}, indent=2).encode())
     values = {
         who: {"users": users, **{name: each["value"] for name, each in found[who].items()}}
@@ -279,8 +297,28 @@ def _compute(run: Run, settings: Settings, contender: Contender, inputs: Mapping
     }
 
 
+def _nobody(settings: Settings, holdout: str, sequences: Manifest) -> str:
+    """Why there is nobody to evaluate, and what to change."""
+    users = int(sequences.metadata["users"])
+    candidates = sequences.metadata[f"{settings.evaluation.split}_users_{holdout}"]
+    if not candidates:
+        return (
+            f"none of {users:,} users has the events that training.holdout {holdout!r} needs to hold one out; nothing "
+            "can be evaluated. Set training.holdout to 'none' to train and recommend without evaluation"
+        )
+    chosen = []
+    if settings.evaluation.max_users is not None:
+        chosen.append(f"evaluation.max_users {settings.evaluation.max_users}")
+    if settings.evaluation.unseen_targets == "drop":
+        chosen.append("evaluation.unseen_targets 'drop'")
+    return (
+        f"none of {candidates:,} users with a {settings.evaluation.split} event is left to evaluate after "
+        f"{' and '.join(chosen)}; change that"
+    )
+
+
 def _training(model: Manifest | None) -> str | None:
-    """What a trained ranker was trained with, in words; no part of the protocol, which nights have in common."""
+    """What a trained ranker was trained with, in words."""
     if model is None:
         return None
     training = model.settings["training"]
@@ -305,7 +343,8 @@ class _RankShard:
     ) -> None:
         self._run, self._settings, self._sequences = run, settings.evaluation, inputs["sequences"]
         self._holdout, self._share, self._training_events_N = contender.holdout, share, training_events_N
-        self._ranker = contender.make(**ranker_arguments)
+        events = {"events_N": training_events_N} if contender.reads_events else {}
+        self._ranker, self._artifact = contender.make(**ranker_arguments, **events), contender.artifact
         eligible_N = load_semantic_ids(run.storage, inputs["semantic_ids"]).eligible_N
         self._popularity = Popularity(training_events_N, eligible_N)
 
@@ -321,11 +360,11 @@ class _RankShard:
         # mixed, because shards and user buckets follow from the hash itself
         sampled_B = (mixed(user_hash_B) >> np.uint64(32)) < np.uint64(int(self._share * 2**32))
         kept_B = (length_B > 0) & sampled_B
-        target_B = item_index[np.where(kept_B, first_B + length_B, 0)].astype(np.int64)
         if settings.unseen_targets == "drop":
-            kept_B &= self._training_events_N[target_B] > 0
-        first_B, length_B, target_B = (each[kept_B] for each in (first_B, length_B, target_B))
+            kept_B[kept_B] = self._training_events_N[item_index[(first_B + length_B)[kept_B]]] > 0
+        first_B, length_B = first_B[kept_B], length_B[kept_B]
         user_hash_B = user_hash_B[kept_B]
+        target_B = item_index[first_B + length_B].astype(np.int64)
         item_E = item_index[ranges(first_B, length_B)]
         repeated_B = evaluation.targets_in_history(item_E, length_B, target_B)
         if settings.max_history is not None:
@@ -343,12 +382,29 @@ class _RankShard:
                 )[0]
                 for ranker in (self._ranker, self._popularity)
             )
+        if settings.exclude_history:
+            self._require_masked(found_BP, item_E, length_B)
         popular_rank_B = np.minimum(evaluation.ranks(popular_BP, target_B), top + 1)
         columns = [user_hash_B, target_B, length_B, repeated_B, popular_rank_B]
         arrays = [pa.array(column) for column in columns]
         arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(found_BP.ravel().astype(np.int32)), top))
         schema = schemas.ranked_lists(top)
         return self._run.write_table(shard.name, pa.table(arrays, names=schema.names).cast(schema))
+
+    def _require_masked(
+        self,
+        found_BP: npt.NDArray[np.int64],
+        item_E: npt.NDArray[np.int32],
+        length_B: npt.NDArray[np.int64],
+    ) -> None:
+        """Refuse lists that show a history which they were told to mask: they would not be what the protocol says."""
+        row_B = np.arange(len(length_B), dtype=np.int64) << 32
+        shown_BP = np.isin(found_BP + row_B[:, None], item_E + np.repeat(row_B, length_B))
+        if shown_BP.any():
+            raise TigerError(
+                f"{self._artifact}: {shown_BP.sum():,} items of their histories came out for {shown_BP.any(1).sum():,} of "
+                f"{len(length_B):,} users, although evaluation.exclude_history is set; the ranker ignores it"
+            )
 
 
 @dataclass(frozen=True)
@@ -465,12 +521,9 @@ def _count(
     return found
 
 
-def sum_of(parts: Any) -> Any:
-    """Sum of what adds up, of one part at least."""
-    first, *rest = parts
-    for part in rest:
-        first = first + part
-    return first
+def sum_of(parts: Iterable[Any]) -> Any:
+    """Sum of what adds up, of one part at least; two of them are in memory at a time."""
+    return functools.reduce(operator.add, parts)
 
 
 def _found(tally: _Tally, settings: Settings) -> dict[str, Any]:

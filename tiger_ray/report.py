@@ -33,12 +33,17 @@ def metrics_table(evaluation: Manifest | None, model: Manifest) -> str:
         lines.append(f"{label:<12}" + "".join(f"{metrics[name]:>12.4f}" for name in names))
     protocol = evaluation.metadata["protocol"]
     lines.append(
-        f"{int(model_metrics['users']):,} users ({protocol['users']}); {protocol['split']}; {protocol['ranking']}, "
+        f"{int(model_metrics['users']):,} users ({protocol['users']}); {_split(evaluation)}; {protocol['ranking']}, "
         f"beam {protocol['beam_width']}; history of {protocol['model_history']}, "
         f"{'masked' if protocol['history_masked'] else 'not masked'}; ties by {protocol['ties']}"
     )
     lines.append(f"training saw: {_seen(model.metadata['holdout'])}")
     return "\n".join(lines)
+
+
+def _split(evaluation: Manifest) -> str:
+    periods = evaluation.metadata["periods"]
+    return str(evaluation.metadata["protocol"]["split"]) + (f" ({periods})" if periods else "")
 
 
 def examples_table(

@@ -225,12 +225,13 @@ def _compute(
     }
     summary = f"{users:,} users, {facts['events']:,} of {events.metadata['events']:,} events kept"
     if moments is not None:
-        if not facts["test_users"]:
+        if not facts["test_users_time"]:
             raise DataError(
                 f"none of {users:,} users of {settings.events.uri} ({facts['events']:,} events) has an event from "
                 f"sequences.test_from {chosen.test_from} on and one before it; choose moments within the events"
             )
-        summary += f", {facts['validation_users']:,} users to validate on and {facts['test_users']:,} to test"
+        validated, tested = (facts[f"{split}_users_time"] for split in ("validation", "test"))
+        summary += f", {validated:,} users to validate on and {tested:,} to test"
         facts |= chosen.model_dump(mode="json", include={"validation_from", "test_from"})
     num_items = int(semantic_ids.metadata["items"])
     entries.append(_write_popularity(run, entries, num_items, has_moments=moments is not None))
@@ -277,11 +278,11 @@ class _Finish:
             "users_without_history": pc.sum(pc.equal(lengths, 0)).as_py(),
         }
         for holdout in holdouts(self._moments is not None):
-            facts[f"examples_{holdout}"] = cuts_of(table, holdout).num_examples
-        if self._moments is not None:
-            cuts = cuts_of(table, "time")
-            facts["validation_users"] = int((cuts.validation_at_B >= 0).sum())
-            facts["test_users"] = int((cuts.test_at_B >= 0).sum())
+            cuts = cuts_of(table, holdout)
+            facts[f"examples_{holdout}"] = cuts.num_examples
+            if holdout != "none":
+                facts[f"validation_users_{holdout}"] = int((cuts.validation_at_B >= 0).sum())
+                facts[f"test_users_{holdout}"] = int((cuts.test_at_B >= 0).sum())
         return self._run.write_table(shard_name(shard), table, facts=facts)
 
 

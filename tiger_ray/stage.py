@@ -27,9 +27,9 @@ FORMAT_VERSIONS = {
     "embeddings": 1,
     "quantizer": 2,
     "semantic_ids": 2,
-    "sequences": 2,
+    "sequences": 3,
     "model": 1,
-    "evaluation": 2,
+    "evaluation": 3,
     "recommendations": 1,
 }
 """Artifacts in the order of the night. Raise a number when a stage starts to write something else for

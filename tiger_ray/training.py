@@ -108,10 +108,10 @@ def last_model(storage: Storage, date: str) -> Manifest | None:
 
 
 def require_same_model(last: Manifest, settings: Settings, semantic_ids: Manifest) -> None:
-    """Refuse to start from a model whose weights mean something else.
+    """Refuse to start from a model whose weights mean something else, or know what tonight hides.
 
     Raises:
-        ArtifactError: it is of another ID space or another shape; names both.
+        ArtifactError: it is of another ID space, holdout or shape; names both.
     """
     advice = (
         "Set training.warm_start to false for this night, with training.num_steps for a training from scratch"
@@ -121,6 +121,7 @@ def require_same_model(last: Manifest, settings: Settings, semantic_ids: Manifes
             f"training.warm_start: the model of {last.date} writes Semantic IDs of ID space "
             f"{last.metadata['space']}, tonight's are of {id_space(semantic_ids)}. {advice}"
         )
+    _require_hidden_from(last, settings)
     before, now = last.settings["model"], settings.model.model_dump(mode="json")
     shape = {name: value for name, value in now.items() if name not in ("dropout", "max_history")}
     changed = [
@@ -132,6 +133,25 @@ def require_same_model(last: Manifest, settings: Settings, semantic_ids: Manifes
         raise ArtifactError(
             f"training.warm_start: the model of {last.date} has another shape ({', '.join(changed)}). {advice}"
         )
+
+
+def _require_hidden_from(last: Manifest, settings: Settings) -> None:
+    """The last model has not seen the events that tonight's evaluation asks for, as far as settings can tell."""
+    tonight, before = settings.training.holdout, last.metadata["holdout"]
+    if tonight == "none":
+        return
+    moment = "validation_from"
+    begins, began = getattr(settings.sequences, moment), last.settings["sequences"][moment]
+    if tonight != before:
+        said = f"training.holdout {before!r}, tonight's is {tonight!r}"
+    elif tonight == "time" and str(begins) < str(began):
+        said = f"sequences.{moment} {began}, tonight's is {begins}"
+    else:
+        return
+    raise ArtifactError(
+        f"training.warm_start: the model of {last.date} was trained with {said}: it may have seen events that tonight "
+        "are hidden, and would be praised for knowing them. Set training.warm_start to false for this night"
+    )
 
 
 def _compute(

@@ -114,3 +114,45 @@ def test_a_model_of_another_id_space_is_no_warm_start(night: Night, night_root: 
         training.run(settings, other.storage, night["sequences"], other["semantic_ids"])
     assert refused.value.exit_code == 3
     assert ("model", TUESDAY) not in published_dates(other.storage)
+
+
+def test_a_model_that_saw_what_tonight_hides_is_no_warm_start(night: Night) -> None:
+    """A refit on all events, then a night with evaluation: it would be praised for what it has been told."""
+    settings = settings_of(night, night.settings.storage.root, TUESDAY)
+    last, semantic_ids = night["model"], night["semantic_ids"]
+    training.require_same_model(last, settings, semantic_ids)
+    refit = last.model_copy(update={"metadata": {**last.metadata, "holdout": "none"}})
+    with pytest.raises(
+        ArtifactError,
+        match=rf"the model of {MONDAY} was trained with training\.holdout 'none', tonight's is 'leave_one_out': it may "
+        r"have seen events that tonight are hidden",
+    ):
+        training.require_same_model(refit, settings, semantic_ids)
+    everything = settings_of(
+        night, night.settings.storage.root, TUESDAY, training={**ONE_STEP, "holdout": "none"}
+    )
+    training.require_same_model(refit, everything, semantic_ids)
+    training.require_same_model(last, everything, semantic_ids)
+
+
+@pytest.mark.parametrize(("moment", "refused"), [("2026-03-01", True), ("2026-06-01", False)])
+def test_a_period_that_begins_before_that_of_the_last_model_is_no_warm_start(
+    night: Night, moment: str, refused: bool
+) -> None:
+    last = night["model"]
+    before = {**last.settings, "sequences": {**last.settings["sequences"], "validation_from": "2026-05-01"}}
+    timed = last.model_copy(update={"metadata": {**last.metadata, "holdout": "time"}, "settings": before})
+    settings = settings_of(
+        night,
+        night.settings.storage.root,
+        TUESDAY,
+        training={**ONE_STEP, "holdout": "time"},
+        sequences={"validation_from": moment, "test_from": "2026-07-01"},
+    )
+    if not refused:
+        training.require_same_model(timed, settings, night["semantic_ids"])
+        return
+    with pytest.raises(
+        ArtifactError, match=r"trained with sequences\.validation_from 2026-05-01, tonight's is 2026-03"
+    ):
+        training.require_same_model(timed, settings, night["semantic_ids"])

@@ -134,6 +134,10 @@ def test_a_date_that_is_no_day_is_refused(night):
         ),
         ("training: {patience: 3, validation_users: 0}\n", r"training\.validation_users above 0"),
         (
+            "evaluation: {exclude_history: true, max_history: 20}\n",
+            r"evaluation\.exclude_history masks whole histories, .* leave evaluation\.max_history empty",
+        ),
+        (
             "events: {uri: /e, event_type: kind}\n",
             r"events\.event_type and events\.event_types must be given together",
         ),
@@ -239,7 +243,7 @@ def test_a_settings_file_that_is_not_there_is_named(tmp_path):
         load_settings(["--config"])
 
 
-GOES_AFTER = {"sasrec.yaml": "amazon.yaml"}
+GOES_AFTER = {"sasrec.yaml": "amazon.yaml", "sports.yaml": "amazon.yaml"}
 """Files that change some settings of another one."""
 
 

@@ -111,9 +111,9 @@ def test_every_holdout_cuts_every_history_where_a_plain_loop_does(events, max_ev
             assert found == wanted, holdout
             examples = sum(max(seen - 1, 0) for seen, _, _ in wanted)
             assert cuts.num_examples == entry.facts[f"examples_{holdout}"] == examples
-            if holdout == "time":
-                assert entry.facts["validation_users"] == sum(place >= 0 for _, place, _ in wanted)
-                assert entry.facts["test_users"] == sum(place >= 0 for _, _, place in wanted)
+            if holdout != "none":
+                assert entry.facts[f"validation_users_{holdout}"] == sum(place >= 0 for _, place, _ in wanted)
+                assert entry.facts[f"test_users_{holdout}"] == sum(place >= 0 for _, _, place in wanted)
 
 
 @given(events, st.integers(3, 8), two_moments)
@@ -240,6 +240,8 @@ def test_without_moments_an_artifact_is_what_it_was_and_cannot_be_split_by_time(
             "users_without_history",
             "examples_leave_one_out",
             "examples_none",
+            "validation_users_leave_one_out",
+            "test_users_leave_one_out",
         }
     built = sequences.model_copy(update={"metadata": {"examples_leave_one_out": 0, "examples_none": 0}})
     for holdout in ("leave_one_out", "none"):

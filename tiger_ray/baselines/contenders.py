@@ -19,7 +19,7 @@ from tiger_ray.baselines.sasrec import Sasrec, SasrecModel, sasrec_task
 from tiger_ray.config import SasrecSettings, Settings
 from tiger_ray.errors import DataError
 from tiger_ray.harness import Contender, evaluate_ranker
-from tiger_ray.histories import POPULARITY_COLUMNS, require_holdout
+from tiger_ray.histories import require_holdout
 from tiger_ray.rankers import Popularity
 from tiger_ray.registry import load_semantic_ids, registry_of
 from tiger_ray.schemas import matrix_of
@@ -59,8 +59,7 @@ def _contender(settings: Settings, name: str, ranking: str, **parts: Any) -> Con
         name=name,
         num_workers=decoding.num_workers,
         num_cpus=decoding.cpus_per_worker,
-        use_gpu=decoding.use_gpu,
-        **parts,
+        **{"use_gpu": decoding.use_gpu, **parts},
     )
 
 
@@ -70,27 +69,22 @@ def _contender(settings: Settings, name: str, ranking: str, **parts: Any) -> Con
 def _popularity(
     settings: Settings, storage: Storage, semantic_ids: Manifest, sequences: Manifest, embeddings: Manifest
 ) -> Contender:
-    arguments = {"storage": storage, "semantic_ids": semantic_ids, "sequences": sequences}
     return _contender(
         settings,
         "popularity",
         "most events that training saw",
         make=make_popularity,
-        arguments={**arguments, "holdout": settings.training.holdout},
+        arguments={"storage": storage, "semantic_ids": semantic_ids},
         inputs={},
         sections={},
+        use_gpu=False,
+        reads_events=True,
     )
 
 
-def make_popularity(
-    storage: Storage, semantic_ids: Manifest, sequences: Manifest, holdout: str
-) -> Popularity:
-    """Popularity by the events that training may see; the most popular items are kept with the histories."""
-    ids = load_semantic_ids(storage, semantic_ids)
-    top = storage.read_table(sequences, "popularity.parquet")
-    events_N = np.zeros(len(ids), np.int64)
-    events_N[top.column("item_index").to_numpy()] = top.column(POPULARITY_COLUMNS[holdout]).to_numpy()
-    return Popularity(events_N, ids.eligible_N)
+def make_popularity(storage: Storage, semantic_ids: Manifest, events_N: npt.NDArray[np.int64]) -> Popularity:
+    """Popularity by the events that training may see, (N,) int64."""
+    return Popularity(events_N, load_semantic_ids(storage, semantic_ids).eligible_N)
 
 
 # Neighbours of the last item
@@ -104,7 +98,12 @@ def _neighbours(
         "neighbours",
         "cosine to the last item's content embedding",
         make=make_neighbours,
-        arguments={"storage": storage, "semantic_ids": semantic_ids, "embeddings": embeddings},
+        arguments={
+            "storage": storage,
+            "semantic_ids": semantic_ids,
+            "embeddings": embeddings,
+            "device": "cuda" if settings.decoding.use_gpu else "cpu",
+        },
         inputs={"embeddings": embeddings},
         sections={},
         more={"encoder": encoder_name(embeddings)},
@@ -117,15 +116,17 @@ def encoder_name(embeddings: Manifest) -> str:
     return str(settings["model"] if settings["encoder"] == "sentence-transformers" else settings["encoder"])
 
 
-def make_neighbours(storage: Storage, semantic_ids: Manifest, embeddings: Manifest) -> Neighbours:
-    """Neighbours among all items, whose embeddings are in memory: 4 N D bytes, and twice that while it is built."""
+def make_neighbours(
+    storage: Storage, semantic_ids: Manifest, embeddings: Manifest, device: str
+) -> Neighbours:
+    """Neighbours among all items, whose embeddings are in memory twice: 8 N D bytes, and 12 while it is built."""
     ids = load_semantic_ids(storage, semantic_ids)
     embedding_ND: npt.NDArray[np.float32] = np.zeros((len(ids), int(embeddings.metadata["dim"])), np.float32)
     for entry in embeddings.files:
         table = storage.read_table(embeddings, entry, columns=["item_id", "embedding"])
         index = ids.lookup(table.column("item_id"))
         embedding_ND[index[index >= 0]] = matrix_of(table.column("embedding"))[index >= 0]
-    return Neighbours(embedding_ND, ids.eligible_N)
+    return Neighbours(embedding_ND, ids.eligible_N, device)
 
 
 # SASRec
