@@ -18,6 +18,7 @@ def main(settings: Settings, storage: Storage) -> None:
     from tiger_ray import recommendations
 
     inputs = [storage.resolve(name, settings.date) for name in ("model", "semantic_ids", "sequences")]
+    recommendations.require_evaluated(settings, storage, inputs[0])
     recommendations.run(settings, storage, *inputs)
 
 

@@ -25,7 +25,7 @@ from tiger_ray.hashing import shard_of, stable_hash
 from tiger_ray.shards import shard_name, write_partitions
 from tiger_ray.stage import Computed, StageResult, run_stage
 from tiger_ray.storage import FileEntry, Run, Storage
-from tiger_ray.stores import InputFile, input_filesystem, list_inputs
+from tiger_ray.stores import InputFile, input_filesystem, list_inputs, require_unchanged
 
 
 def run(settings: Settings, storage: Storage) -> StageResult:
@@ -136,8 +136,7 @@ def _compute(run: Run, settings: CatalogSettings, files: Sequence[InputFile]) ->
     schema, rows = read_input_schema(files, settings.uri, wanted)
     item_id_type = id_type(schema, settings.item_id, settings.uri)
     vector_type = _vector_type(schema, settings)
-    if settings.template is not None:
-        _template_parts(settings)
+    _require_readable(schema, settings)
 
     dataset = read_columns(files, settings.uri, wanted.values()).map_batches(
         clean_rows,
@@ -153,6 +152,7 @@ def _compute(run: Run, settings: CatalogSettings, files: Sequence[InputFile]) ->
             f"{empty:,} of {items:,} items of {settings.uri} have no text in {', '.join(settings.text)}; at most "
             f"{settings.max_empty_text_share:.0%} may (catalog.max_empty_text_share). Name other columns in catalog.text."
         )
+    require_unchanged(settings.uri, files)
     assert items == rows, f"{rows} rows were read and {items} written"
     available = sum(int(entry.facts["available"]) for entry in entries)
     if available == 0:
@@ -273,10 +273,30 @@ def _template_parts(settings: CatalogSettings) -> list[tuple[str, str | None]]:
         if literal:
             parts.append((literal, None))
         if field is not None:
-            if field not in settings.text:
-                raise DataError(f"catalog.template uses {{{field}}}, which catalog.text does not name")
             parts.append(("", field))
     return parts
+
+
+def _require_readable(schema: pa.Schema, settings: CatalogSettings) -> None:
+    """Refuse columns that are no text, and an `available` that is neither true nor false."""
+    for name in dict.fromkeys([*settings.text, settings.title, settings.category]):
+        if name is None:
+            continue
+        found = schema.field(name).type
+        inner = found.value_type if pa.types.is_list(found) or pa.types.is_large_list(found) else found
+        inner = inner.value_type if pa.types.is_dictionary(inner) else inner
+        if pa.types.is_nested(inner) or pa.types.is_binary(inner) or pa.types.is_large_binary(inner):
+            raise DataError(
+                f"column {name!r} of {settings.uri} is {found}; item text, title and category are read from text, numbers "
+                "or a list of them. Write it that way, or name another column (catalog.text, .title, .category)"
+            )
+    if settings.available is not None:
+        found = schema.field(settings.available).type
+        if not (pa.types.is_boolean(found) or pa.types.is_integer(found)):
+            raise DataError(
+                f"column {settings.available!r} of {settings.uri} is {found}; catalog.available must be boolean, or an "
+                "integer that is 0 for no"
+            )
 
 
 def _vector_type(schema: pa.Schema, settings: CatalogSettings) -> pa.DataType | None:

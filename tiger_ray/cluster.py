@@ -10,6 +10,7 @@ import sys
 import threading
 
 from tiger_ray.config import RaySettings
+from tiger_ray.errors import TigerError
 
 IDLE_VARIABLE = "RAY_idle_worker_killing_time_threshold_ms"
 """Of Ray: how long a process without work is kept. By default a second, so that nearly every step of a night would
@@ -31,7 +32,13 @@ def connect(settings: RaySettings) -> None:
         if address == "local":
             os.environ.setdefault(IDLE_VARIABLE, str(IDLE_MS))
         on_sigterm = signal.getsignal(signal.SIGTERM)
-        ray.init(address=address, num_cpus=num_cpus, logging_level=logging.WARNING)
+        try:
+            ray.init(address=address, num_cpus=num_cpus, logging_level=logging.WARNING)
+        except ConnectionError as error:
+            where = settings.address or os.environ.get("RAY_ADDRESS", address)
+            raise TigerError(
+                f"no Ray cluster answers at {where}: {error}. Start it, or correct ray.address (RAY_ADDRESS)"
+            ) from None
         # Ray's own handler would end the process with another exit code than the job promises.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)

@@ -14,6 +14,7 @@ import difflib
 import math
 import os
 import re
+import string
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from datetime import date as calendar_date
@@ -122,6 +123,17 @@ class CatalogSettings(Section):
     """Share of items without any text above which the catalog is refused."""
     num_shards: Count = 8
     """Files that the catalog is written in; about 128 MB each is good."""
+
+    @model_validator(mode="after")
+    def _the_template_uses_the_text(self) -> CatalogSettings:
+        try:
+            fields = [field for _, field, _, _ in string.Formatter().parse(self.template or "")]
+        except ValueError as error:
+            raise ValueError(f"catalog.template {self.template!r} is no format string: {error}") from None
+        for field in fields:
+            if field is not None and field not in self.text:
+                raise ValueError(f"catalog.template uses {{{field}}}, which catalog.text does not name")
+        return self
 
 
 class EventsSettings(Section):

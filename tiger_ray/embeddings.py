@@ -8,6 +8,7 @@ N items in a shard, D embedding width.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +20,7 @@ import pyarrow.compute as pc
 from tiger_ray import schemas
 from tiger_ray.config import EmbeddingsSettings, Settings
 from tiger_ray.errors import ArtifactError, DataError, SettingsError
-from tiger_ray.hashing import stable_hash
+from tiger_ray.hashing import mixed, stable_hash
 from tiger_ray.shards import map_shards
 from tiger_ray.stage import Computed, StageResult, run_stage
 from tiger_ray.storage import FileEntry, Manifest, Run, Storage, fingerprint
@@ -39,13 +40,15 @@ class Encoder(Protocol):
 def run(settings: Settings, storage: Storage, catalog: Manifest) -> StageResult:
     """Publish the artifact `embeddings`."""
     check(settings)
+    weights = _folder_digest(settings.embeddings)
     return run_stage(
         storage,
         settings,
         "embeddings",
         inputs={"catalog": catalog},
         sections={"embeddings": settings.embeddings},
-        compute=lambda run: _compute(run, settings.embeddings, storage, catalog),
+        source={"weights": weights} if weights else {},
+        compute=lambda run: _compute(run, settings.embeddings, storage, catalog, weights),
     )
 
 
@@ -66,6 +69,19 @@ def check(settings: Settings) -> None:
             f"embeddings.model {embeddings.model!r} is no local folder, so it is taken from the hub: set "
             "embeddings.revision to a commit, or a changed model would silently move every item"
         )
+
+
+def _folder_digest(settings: EmbeddingsSettings) -> str | None:
+    """What is in the folder of a local model, which may be trained on in place; None for any other encoder."""
+    folder = Path(settings.model)
+    if settings.encoder != "sentence-transformers" or not folder.is_dir():
+        return None
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = []
+    for path in files:
+        with path.open("rb") as file:
+            found.append([str(path.relative_to(folder)), hashlib.file_digest(file, "sha256").hexdigest()])
+    return fingerprint({"files": found})
 
 
 def make_encoder(settings: EmbeddingsSettings, seed: int = 0) -> Encoder:
@@ -132,8 +148,10 @@ class SentenceEncoder:
         )
 
 
-def _compute(run: Run, settings: EmbeddingsSettings, storage: Storage, catalog: Manifest) -> Computed:
-    encoder = fingerprint(settings.fingerprint())
+def _compute(
+    run: Run, settings: EmbeddingsSettings, storage: Storage, catalog: Manifest, weights: str | None
+) -> Computed:
+    encoder = fingerprint({**settings.fingerprint(), **({"weights": weights} if weights else {})})
     entries = map_shards(
         run,
         _EmbedShard,
@@ -165,7 +183,7 @@ def _previous(storage: Storage, encoder: str) -> Manifest | None:
         last = storage.resolve("embeddings")
     except ArtifactError:
         return None
-    return last if last.metadata["encoder"] == encoder else None
+    return last if last.metadata["encoder"] == encoder and storage.is_intact(last) else None
 
 
 class _EmbedShard:
@@ -193,6 +211,9 @@ class _EmbedShard:
         else:
             text_hash = stable_hash(items.column("text"))
             embedding, encoded = self._encode_changed(items, item_id, text_hash, shard)
+            blank = pc.equal(items.column("text"), "").to_numpy()
+            if blank.any():
+                embedding[blank] = random_directions(stable_hash(item_id)[blank], embedding.shape[1])
         refuse_bad_rows(embedding, items, self._settings.encoder)
         dim = embedding.shape[1]
         table = pa.table(
@@ -210,7 +231,7 @@ class _EmbedShard:
     ) -> tuple[np.ndarray, int]:
         """(N, D) embeddings, kept where item and text are those of the last night, and how many were encoded."""
         assert self._encoder is not None
-        before = self._last_night(shard)
+        before = self._last_night(shard, item_id.type)
         place = np.full(len(item_id), -1)
         if before is not None:
             found = pc.fill_null(pc.index_in(item_id, value_set=before.column("item_id")), -1).to_numpy()
@@ -227,11 +248,23 @@ class _EmbedShard:
             embedding[fresh] = new
         return embedding, len(fresh)
 
-    def _last_night(self, shard: FileEntry) -> pa.Table | None:
+    def _last_night(self, shard: FileEntry, id_type: pa.DataType) -> pa.Table | None:
         if self._previous is None or shard.name not in {entry.name for entry in self._previous.files}:
             return None
         table = self._storage.read_table(self._previous, shard.name)
-        return table if table.num_rows else None
+        # ids of another type are other items, and the registry will say so
+        return table if table.num_rows and table.schema.field("item_id").type == id_type else None
+
+
+def random_directions(key: np.ndarray, dim: int) -> np.ndarray:
+    """A unit vector for each hash, (N,) uint64 to (N, D) float32: that of an item about which nothing is known.
+
+    The vector of the empty text would be one for all of them, and so would their codewords.
+    """
+    places = np.arange(dim, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    uniform = (mixed(key[:, None] + places[None]) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    direction = uniform - 0.5
+    return (direction / np.linalg.norm(direction, axis=1, keepdims=True)).astype(np.float32)
 
 
 def refuse_bad_rows(embedding: np.ndarray, items: pa.Table, encoder: str) -> None:
@@ -239,16 +272,13 @@ def refuse_bad_rows(embedding: np.ndarray, items: pa.Table, encoder: str) -> Non
 
     Args:
         embedding: (N, D) float32.
-        items: columns item_id and, unless the vectors came with the catalog, text.
+        items: column item_id.
         encoder: named in the error.
 
     Raises:
         DataError: names the items whose vector is not finite, or one number over and over.
     """
     is_constant = (embedding == embedding[:, :1]).all(axis=1)
-    if "text" in items.column_names:
-        # An item without text has nothing to say, and the catalog bounds the share of those.
-        is_constant &= pc.not_equal(items.column("text"), "").to_numpy()
     for bad, what in (
         (~np.isfinite(embedding).all(axis=1), "not finite"),
         (is_constant, "the same number in every dimension, which tells nothing"),

@@ -23,7 +23,7 @@ from tiger_ray.errors import DataError
 from tiger_ray.shards import plain_errors
 from tiger_ray.stage import Computed, StageResult, run_stage
 from tiger_ray.storage import Manifest, Run, Storage
-from tiger_ray.stores import InputFile, list_inputs
+from tiger_ray.stores import InputFile, list_inputs, require_unchanged
 
 _TICKS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _EARLIEST = datetime(1990, 1, 1, tzinfo=UTC).timestamp()
@@ -111,6 +111,7 @@ def _compute(
     with plain_errors():
         counts = _add([json.loads(row["counts"]) for row in counted.iter_rows()])
     _judge(counts, unit, settings)
+    require_unchanged(settings.uri, files)
     facts: dict[str, Any] = {
         "summary": f"{counts['events']:,} events, {counts['unknown']:,} of unknown items",
         **{name: counts[name] for name in ("events", "nulls", "unknown", "unwanted_kind")},

@@ -103,6 +103,24 @@ def evaluation_of(storage: Storage, settings: Settings, model: Manifest) -> Mani
     return published if published is not None and published.inputs["model"] == model.digest else None
 
 
+def require_evaluated(settings: Settings, storage: Storage, model: Manifest) -> None:
+    """The quality gate for a model whose evaluation, unless it was trained on all events, must be published.
+
+    Raises:
+        ArtifactError: it is not.
+        QualityError: as `require_quality`.
+    """
+    if model.metadata["holdout"] == "none":
+        return
+    evaluated = evaluation_of(storage, settings, model)
+    if evaluated is None:
+        raise ArtifactError(
+            f"model {model.run_id} of {settings.date} has no evaluation, so the quality gate cannot judge it; evaluate it "
+            "first (jobs/evaluate.py)"
+        )
+    require_quality(settings, storage, evaluated)
+
+
 class Scorer:
     """Model, Semantic IDs, trie and popularity in one process: what an actor or a replica holds."""
 
@@ -166,11 +184,15 @@ def _compute(
 ) -> Computed:
     shards = user_shards(inputs["sequences"])
     twin = _twin(storage, scoring)
+    versions = {
+        "model_version": inputs["model"].run_id,
+        "semantic_ids_version": inputs["semantic_ids"].run_id,
+    }
     if twin is not None:
         entries = map_shards(
             run,
             _RedateShard,
-            {"storage": storage, "twin": twin, "date": settings.date},
+            {"storage": storage, "twin": twin, "values": {"date": settings.date, **versions}},
             shards=twin.files,
             num_workers=settings.decoding.num_workers,
             num_cpus=1,
@@ -206,8 +228,7 @@ def _compute(
         "scoring": scoring,
         "top_k": top_k,
         "form": settings.recommendations.form,
-        "model_version": inputs["model"].run_id,
-        "semantic_ids_version": inputs["semantic_ids"].run_id,
+        **versions,
         "holdout": inputs["model"].metadata["holdout"],
         # kept beside the recommendations for the next night's gate
         "evaluation": None
@@ -222,22 +243,22 @@ def _twin(storage: Storage, scoring: str) -> Manifest | None:
         last = storage.resolve("recommendations")
     except ArtifactError:
         return None
-    return last if last.metadata["scoring"] == scoring else None
+    return last if last.metadata["scoring"] == scoring and storage.is_intact(last) else None
 
 
 class _RedateShard:
-    """Copies one file of recommendations under a new date."""
+    """Copies one file of recommendations under a new date, and the versions of that night."""
 
-    def __init__(self, run: Run, storage: Storage, twin: Manifest, date: str) -> None:
-        self._run, self._storage, self._twin, self._date = run, storage, twin, date
+    def __init__(self, run: Run, storage: Storage, twin: Manifest, values: Mapping[str, str]) -> None:
+        self._run, self._storage, self._twin, self._values = run, storage, twin, values
 
     def __call__(self, shard: FileEntry) -> FileEntry:
         table = self._storage.read_table(self._twin, shard)
-        place = table.schema.get_field_index("date")
-        dates = pa.repeat(self._date, table.num_rows)
-        return self._run.write_table(
-            shard.name, table.set_column(place, table.schema.field("date"), dates), shard.facts
-        )
+        for name, value in self._values.items():
+            place = table.schema.get_field_index(name)
+            repeated = pa.repeat(value, table.num_rows)
+            table = table.set_column(place, table.schema.field(name), repeated)
+        return self._run.write_table(shard.name, table, shard.facts)
 
 
 class _ScoreShard:

@@ -243,7 +243,8 @@ def require_room(
     worst = int(disambiguator_M.argmax())
     remedy = (
         "Raise semantic_ids.disambiguator_size (needs a new model), or quantizer.level_sizes together with "
-        "quantizer.version (new IDs and a new model)"
+        "quantizer.version (new IDs and a new model). Items of one and the same text are told apart by no quantizer: "
+        "name more columns in catalog.text"
     )
     if len(level_sizes) == 1:
         remedy = (

@@ -27,7 +27,7 @@ from tiger_ray.registry import load_semantic_ids, registry_of
 from tiger_ray.shards import plain_errors, shard_name, write_partitions
 from tiger_ray.stage import Computed, StageResult, run_stage
 from tiger_ray.storage import FileEntry, Manifest, Run, Storage
-from tiger_ray.stores import InputFile
+from tiger_ray.stores import InputFile, require_unchanged
 
 NUM_POPULAR = 1000
 """Most popular items kept for fallback lists and as the baseline."""
@@ -146,13 +146,16 @@ def prepare_events(
         items: item_id and tie of every registered item, in the order of item_index.
     """
     rows = wanted_rows(batch, events)
-    rows = rows.filter(is_complete(rows))
+    complete = is_complete(rows)
+    incomplete = rows.filter(pc.invert(complete)).column("user_id").drop_null()
+    rows = rows.filter(complete)
     item_id = rows.column("item_id").cast(items.column("item_id").type)
     item_index = pc.fill_null(pc.index_in(item_id, value_set=items.column("item_id")), -1)
     rows = rows.drop_columns(["item_id"]).append_column("item_index", item_index.cast(pa.int32()))
     known = pc.greater_equal(rows.column("item_index"), 0)
-    # One row keeps a user alive whose items are all unknown; more would only cost.
-    users = pc.unique(rows.filter(pc.invert(known)).column("user_id"))
+    # One row keeps a user alive whose items are all unknown or not given; more would only cost.
+    unknown = rows.filter(pc.invert(known)).column("user_id")
+    users = pc.unique(pa.chunked_array([*unknown.chunks, *incomplete.chunks], unknown.type))
     markers = pa.table(
         {
             "user_id": users,
@@ -219,6 +222,7 @@ def _compute(
     entries = write_partitions(
         shuffled, _Finish(run, chosen.max_events, moments), num_shards=chosen.num_shards
     )
+    require_unchanged(settings.events.uri, files)
     users = sum(entry.rows for entry in entries)
     facts: dict[str, Any] = {
         name: sum(int(entry.facts[name]) for entry in entries) for name in entries[0].facts

@@ -152,10 +152,17 @@ class _ShardActor:
         arg_names: Sequence[str],
     ) -> None:
         there = [ray.get(value) if isinstance(value, ray.ObjectRef) else value for value in values]
-        self._worker = make_worker(run=run, **dict(zip(arg_names, there, strict=True)))
         self._todo = todo
+        self._failed: TigerError | None = None
+        try:
+            self._worker = make_worker(run=run, **dict(zip(arg_names, there, strict=True)))
+        except TigerError as error:
+            # raised from here it would be taken for the death of an actor, and tried again
+            self._failed = error
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
+        if self._failed is not None:
+            raise self._failed
         return {"entry": [self._worker(self._todo[row]).model_dump_json() for row in batch["number"]]}
 
 

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 FORMAT_VERSIONS = {
     "catalog": 2,
     "events": 1,
-    "embeddings": 1,
+    "embeddings": 2,
     "quantizer": 2,
     "semantic_ids": 2,
     "sequences": 3,

@@ -202,7 +202,11 @@ class Storage:
         if stored is None:
             return None
         manifest = self._parse_manifest(key, stored.data, artifact, "")
-        return manifest if self._intact(artifact, manifest.files) else None
+        return manifest if self.is_intact(manifest) else None
+
+    def is_intact(self, manifest: Manifest) -> bool:
+        """All its files are there, each with the size that it says."""
+        return self._intact(manifest.artifact, manifest.files)
 
     def published(self, artifact: str, date: str) -> Manifest | None:
         """What is published for this date, if anything."""

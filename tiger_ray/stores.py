@@ -15,7 +15,7 @@ import random
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -120,6 +120,23 @@ def list_inputs(uri: str, suffix: str = ".parquet") -> list[InputFile]:
         if file.path.endswith(".parquet") and file.bytes == 0:
             raise DataError(f"{file.path} has 0 bytes, so it is no Parquet file; write it again or remove it")
     return files
+
+
+def require_unchanged(uri: str, files: Sequence[InputFile], suffix: str = ".parquet") -> None:
+    """Refuse input that changed while it was read: what was checked would not be what was read.
+
+    Raises:
+        DataError: names a file that came, went or changed.
+    """
+    now = list_inputs(uri, suffix)
+    if list(files) == now:
+        return
+    before = {file.path: file for file in files}
+    changed = [file.path for file in now if before.pop(file.path, None) != file]
+    raise DataError(
+        f"{uri} changed while it was read: {[*changed, *before][0]}, {len(changed) + len(before):,} of {len(now):,} files. "
+        "Nothing was published of it; run the night again when whoever writes there is done"
+    )
 
 
 def input_filesystem(uri: str) -> tuple[Any, str]:

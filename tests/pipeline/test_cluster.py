@@ -1,8 +1,11 @@
 """The Ray of a job is set up for stages that come one after the other."""
 
 import os
+import secrets
 import time
+from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import ray
 from worlds import TUESDAY, Night, tiny_settings
@@ -10,7 +13,9 @@ from worlds import TUESDAY, Night, tiny_settings
 from tiger_ray import harness
 from tiger_ray.cluster import connect
 from tiger_ray.config import RaySettings
-from tiger_ray.storage import Storage
+from tiger_ray.errors import ArtifactError, TigerError
+from tiger_ray.shards import map_shards
+from tiger_ray.storage import Run, Storage
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -39,3 +44,43 @@ def test_a_worker_may_take_every_cpu_there_is(night: Night, night_root: str) -> 
     settings = tiny_settings(night_root, data, TUESDAY, **sections)
     inputs = (night[name] for name in ("model", "semantic_ids", "sequences", "catalog"))
     assert harness.evaluate(settings, Storage(night_root), *inputs).status == "computed"
+
+
+class Unloadable:
+    """A worker that cannot be made, and counts how often it was tried."""
+
+    def __init__(self, run: Run, attempts: str) -> None:
+        Path(attempts, secrets.token_hex(8)).touch()
+        raise ArtifactError("model.safetensors is damaged")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_what_a_worker_cannot_load_is_said_once_and_as_it_is(tmp_path: Path) -> None:
+    connect(RaySettings())
+    storage = Storage(str(tmp_path / "root"))
+    run = storage.begin("recommendations", "0" * 64)
+    shards = [run.write_table(f"shard-{n:05d}.parquet", pa.table({"n": [n]})) for n in range(2)]
+    (tmp_path / "attempts").mkdir()
+    with pytest.raises(ArtifactError, match=r"^model\.safetensors is damaged$"):
+        map_shards(
+            storage.begin("evaluation", "1" * 64),
+            Unloadable,
+            {"attempts": str(tmp_path / "attempts")},
+            shards=shards,
+            num_workers=1,
+            num_cpus=1,
+            use_gpu=False,
+        )
+    assert len(list((tmp_path / "attempts").iterdir())) == 1
+
+
+def test_a_cluster_that_does_not_answer_is_an_error_with_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**arguments: object) -> None:
+        raise ConnectionError("ray.init tried three times")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(
+        TigerError, match=r"no Ray cluster answers at 10\.0\.0\.9:6379: ray\.init .*ray\.address"
+    ):
+        connect(RaySettings(address="10.0.0.9:6379"))

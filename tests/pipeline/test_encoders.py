@@ -4,12 +4,10 @@ import subprocess
 import sys
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from tiger_ray.config import EmbeddingsSettings
-from tiger_ray.embeddings import PACKAGED_MINILM, make_encoder, refuse_bad_rows
-from tiger_ray.errors import DataError
+from tiger_ray.embeddings import PACKAGED_MINILM, make_encoder
 
 TEXTS = ["red lipstick, matte", "matt lip colour in red", "stainless steel wrench set"]
 
@@ -17,22 +15,6 @@ TEXTS = ["red lipstick, matte", "matt lip colour in red", "stainless steel wrenc
 def cosine(embedding_ND: np.ndarray) -> np.ndarray:
     unit_ND = embedding_ND / np.linalg.norm(embedding_ND, axis=1, keepdims=True)
     return unit_ND @ unit_ND.T
-
-
-def test_vectors_that_tell_nothing_are_refused_by_item_unless_the_text_is_empty():
-    items = pa.table({"item_id": ["a", "b", "c"], "text": ["x", "", "y"]})
-    useless_ND = np.array([[1, 2], [0, 0], [3, 3]], np.float32)
-    with pytest.raises(DataError, match=r"1 embeddings are the same number .*, those of items c among them"):
-        refuse_bad_rows(useless_ND, items, "hashing")
-    with pytest.raises(
-        DataError, match=r"2 embeddings are the same number .*, those of items b, c among them"
-    ):
-        refuse_bad_rows(useless_ND, items.select(["item_id"]), "catalog")
-    with pytest.raises(DataError, match=r"1 embeddings are not finite, those of items a among them"):
-        refuse_bad_rows(
-            np.array([[np.nan, 2], [0, 1], [np.nan, np.nan]], np.float32)[:2], items[:2], "catalog"
-        )
-    refuse_bad_rows(useless_ND[:2], items[:2], "hashing")
 
 
 @pytest.fixture(scope="module")

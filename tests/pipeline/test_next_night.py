@@ -171,6 +171,19 @@ def test_a_night_much_worse_than_the_last_published_one_is_refused(night):
     require_quality(night.settings, night.storage, other)
 
 
+def test_a_model_that_was_not_evaluated_or_not_well_is_not_recommended_by_the_job_alone(night):
+    recommendations.require_evaluated(night.settings, night.storage, night["model"])
+    evaluation = night.settings.evaluation.model_copy(update={"min_ratio_to_popularity": 1e6})
+    strict = night.settings.model_copy(update={"evaluation": evaluation})
+    with pytest.raises(QualityError, match=r"evaluation\.min_ratio_to_popularity"):
+        recommendations.require_evaluated(strict, night.storage, night["model"])
+    unknown = night.settings.model_copy(update={"date": WEDNESDAY})
+    with pytest.raises(ArtifactError, match=r"has no evaluation, .* evaluate it first \(jobs/evaluate\.py\)"):
+        recommendations.require_evaluated(unknown, night.storage, night["model"])
+    refit = night["model"].model_copy(update={"metadata": {**night["model"].metadata, "holdout": "none"}})
+    recommendations.require_evaluated(unknown, night.storage, refit)
+
+
 def test_a_model_of_another_id_space_is_refused(night, night_root, world):
     settings = tiny_settings(
         night_root, world.data, WEDNESDAY, quantizer={"version": 2, "level_sizes": [12, 12, 12]}

@@ -1,5 +1,6 @@
 """Storage on a folder and on an S3 server: what is published is what is read, and errors say what to do."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -21,7 +22,7 @@ from tiger_ray import storage as storage_module
 from tiger_ray import stores
 from tiger_ray.errors import ArtifactError, DataError, PublishError, SettingsError, StorageError
 from tiger_ray.storage import FileEntry, Manifest, Run, Storage, fingerprint
-from tiger_ray.stores import input_filesystem, list_inputs
+from tiger_ray.stores import input_filesystem, list_inputs, require_unchanged
 
 MONDAY, TUESDAY = "2026-11-23", "2026-11-24"
 NIGHT, OTHER = fingerprint({"seed": 1}), fingerprint({"seed": 2})
@@ -710,6 +711,29 @@ def test_inputs_change_their_version_when_they_are_written_again(root: str) -> N
     (after,) = list_inputs(f"{root}/items.parquet")
     assert before.path == after.path
     assert before.version != after.version
+
+
+def test_inputs_that_came_went_or_changed_while_they_were_read_are_refused(root: str) -> None:
+    for name in ("a", "b"):
+        put_object(root, f"events/{name}.parquet", parquet_bytes())
+    files = list_inputs(f"{root}/events")
+    require_unchanged(f"{root}/events", files)
+    put_object(root, "events/c.parquet", parquet_bytes())
+    with pytest.raises(
+        DataError, match=r"events changed while it was read: .*events/c\.parquet, 1 of 3 files\. Noth"
+    ):
+        require_unchanged(f"{root}/events", files)
+    files = list_inputs(f"{root}/events")
+    with pytest.raises(
+        DataError, match=r"events changed while it was read: .*events/d\.parquet, 1 of 3 files"
+    ):
+        gone = dataclasses.replace(files[0], path=files[0].path.replace("a.parquet", "d.parquet"))
+        require_unchanged(f"{root}/events", [*files, gone])
+    put_object(root, "events/b.parquet", parquet_bytes()[:-1] + b"x")
+    with pytest.raises(
+        DataError, match=r"events changed while it was read: .*events/b\.parquet, 1 of 3 files"
+    ):
+        require_unchanged(f"{root}/events", files)
 
 
 def test_no_inputs_or_empty_ones_are_data_errors(root: str) -> None:

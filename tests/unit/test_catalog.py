@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiger_ray import schemas
-from tiger_ray.catalog import clean_rows, id_type, item_text, plain_text, read_input_schema
+from tiger_ray.catalog import (
+    _require_readable,
+    clean_rows,
+    id_type,
+    item_text,
+    plain_text,
+    read_input_schema,
+)
 from tiger_ray.config import CatalogSettings
 from tiger_ray.errors import DataError
 from tiger_ray.hashing import shard_of, stable_hash
@@ -119,9 +126,40 @@ def test_a_template_is_filled_per_row_and_empty_where_all_its_columns_are():
 
 def test_a_template_may_only_use_columns_of_the_text():
     with pytest.raises(
-        DataError, match=r"catalog\.template uses \{brand\}, which catalog\.text does not name"
+        ValueError, match=r"catalog\.template uses \{brand\}, which catalog\.text does not name"
     ):
-        text({"title": ["Dune"], "brand": ["Ace"]}, template="{brand}")
+        catalog_settings(template="{brand}")
+    with pytest.raises(ValueError, match=r"catalog\.template '\{title' is no format string: .*expected '\}'"):
+        catalog_settings(template="{title")
+
+
+@pytest.mark.parametrize(
+    ("column", "type", "setting"),
+    [
+        ("title", pa.list_(pa.list_(pa.string())), {}),
+        ("title", pa.struct([("en", pa.string())]), {}),
+        ("title", pa.binary(), {}),
+        ("kind", pa.list_(pa.struct([("en", pa.string())])), {"category": "kind"}),
+        ("there", pa.string(), {"available": "there"}),
+    ],
+)
+def test_a_column_that_cannot_be_read_is_refused_by_its_type(column, type, setting):
+    fields = {"title": pa.string(), "kind": pa.string(), "there": pa.bool_(), column: type}
+    schema = pa.schema(list(fields.items()))
+    with pytest.raises(DataError, match=rf"column '{column}' of /catalog is {re.escape(str(type))}; "):
+        _require_readable(schema, catalog_settings(**setting))
+
+
+def test_columns_of_text_numbers_and_lists_of_them_are_read():
+    fields = [
+        ("title", pa.dictionary(pa.int32(), pa.string())),
+        ("brand", pa.large_list(pa.large_string())),
+        ("price", pa.float64()),
+        ("kind", pa.list_(pa.string())),
+        ("there", pa.int8()),
+    ]
+    text = ("title", "brand", "price")
+    _require_readable(pa.schema(fields), catalog_settings(text=text, category="kind", available="there"))
 
 
 def test_long_text_is_cut_by_characters_not_bytes():

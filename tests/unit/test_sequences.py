@@ -58,12 +58,14 @@ def histories(blocks, max_events, num_shards=2, items=None, settings=PLAIN, **ty
 
 
 def loop_histories(events, max_events, ids=ITEMS, ties=TIES):
-    """The same by the definition: order by time then tie, drop exact repeats and unknown items, keep the end."""
+    """The same by the definition: order by time then tie, drop exact repeats and unknown items, keep the end; and every
+    user that an event names."""
     by_user = defaultdict(set)
     for user, item, time in events:
-        if user is None or item is None or time is None:
+        if user is None:
             continue
-        by_user[user] |= {(time, ties[ids.index(item)], ids.index(item))} if item in ids else set()
+        counts = item in ids and time is not None
+        by_user[user] |= {(time, ties[ids.index(item)], ids.index(item))} if counts else set()
     return {user: [index for _, _, index in sorted(seen)][-max_events:] for user, seen in by_user.items()}
 
 
@@ -124,7 +126,7 @@ def test_histories_with_ties_by_column_equal_a_plain_sort_wherever_the_blocks_ar
         if user is not None and place is not None and item in ITEMS:
             event = (user, time, ITEMS.index(item))
             first_place[event] = min(place, first_place.get(event, place))
-    expected = {user: [] for user, _, _, place in events if user is not None and place is not None}
+    expected = {user: [] for user, *_ in events if user is not None}
     for (user, time, index), place in first_place.items():
         expected[user].append((time, place, TIES[index], index))
     expected = {user: [index for *_, index in sorted(rows)][-max_events:] for user, rows in expected.items()}
