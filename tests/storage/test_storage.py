@@ -724,10 +724,10 @@ def test_inputs_that_came_went_or_changed_while_they_were_read_are_refused(root:
     ):
         require_unchanged(f"{root}/events", files)
     files = list_inputs(f"{root}/events")
+    gone = dataclasses.replace(files[0], path=files[0].path.replace("a.parquet", "d.parquet"))
     with pytest.raises(
         DataError, match=r"events changed while it was read: .*events/d\.parquet, 1 of 3 files"
     ):
-        gone = dataclasses.replace(files[0], path=files[0].path.replace("a.parquet", "d.parquet"))
         require_unchanged(f"{root}/events", [*files, gone])
     put_object(root, "events/b.parquet", parquet_bytes()[:-1] + b"x")
     with pytest.raises(
