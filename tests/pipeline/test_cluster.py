@@ -14,7 +14,7 @@ from tiger_ray import harness
 from tiger_ray.cluster import connect
 from tiger_ray.config import RaySettings
 from tiger_ray.errors import ArtifactError, TigerError
-from tiger_ray.shards import map_shards
+from tiger_ray.shards import ShardWorker, map_shards
 from tiger_ray.storage import Run, Storage
 
 
@@ -46,25 +46,21 @@ def test_a_worker_may_take_every_cpu_there_is(night: Night, night_root: str) -> 
     assert harness.evaluate(settings, Storage(night_root), *inputs).status == "computed"
 
 
-class Unloadable:
-    """A worker that cannot be made, and counts how often it was tried."""
-
-    def __init__(self, run: Run, attempts: str) -> None:
+@pytest.mark.usefixtures("local_ray")
+def test_what_a_worker_cannot_load_is_said_once_and_as_it_is(tmp_path: Path) -> None:
+    def fail(run: Run, attempts: str) -> ShardWorker:
         Path(attempts, secrets.token_hex(8)).touch()
         raise ArtifactError("model.safetensors is damaged")
 
-
-@pytest.mark.usefixtures("local_ray")
-def test_what_a_worker_cannot_load_is_said_once_and_as_it_is(tmp_path: Path) -> None:
     connect(RaySettings())
     storage = Storage(str(tmp_path / "root"))
     run = storage.begin("recommendations", "0" * 64)
     shards = [run.write_table(f"shard-{n:05d}.parquet", pa.table({"n": [n]})) for n in range(2)]
     (tmp_path / "attempts").mkdir()
-    with pytest.raises(ArtifactError, match=r"^model\.safetensors is damaged$"):
+    with pytest.raises(ArtifactError, match=r"^model\.safetensors is damaged"):
         map_shards(
             storage.begin("evaluation", "1" * 64),
-            Unloadable,
+            fail,
             {"attempts": str(tmp_path / "attempts")},
             shards=shards,
             num_workers=1,

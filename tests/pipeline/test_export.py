@@ -276,7 +276,7 @@ def test_the_card_names_what_the_model_was_made_from_and_how_good_it_is(night, e
         "not masked",
         "ties by item_id",
         "seed 0",
-        "60 steps of 64",
+        f"{night['model'].metadata['step']} steps of 64",
     ):
         assert words in card, words
     (written,) = re.findall(r"```json\n(.*?)```", card, re.DOTALL)
