@@ -1,5 +1,7 @@
 """Models of a few thousand weights, and what they read: small enough to be scored by brute force."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -17,14 +19,15 @@ def tiny_model(level_sizes=VOCABULARY.level_sizes, **changes) -> TigerModel:
     return TigerModel(settings, Vocabulary(level_sizes, settings.num_user_buckets)).eval()
 
 
-def padded_batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Histories of 1 to 180 tokens (the far position buckets too) and targets, of `VOCABULARY`."""
+def padded_batch(lengths: Sequence[int] = (180, 131, 9, 1)) -> tuple[torch.Tensor, torch.Tensor]:
+    """Histories of so many tokens, the longest first (at 180 the far position buckets too), and targets, of
+    `VOCABULARY`."""
     torch.manual_seed(1)
-    history_BT = torch.randint(1, VOCABULARY.size, (4, 180))
-    for row, length in enumerate((180, 131, 9, 1)):
+    history_BT = torch.randint(1, VOCABULARY.size, (len(lengths), lengths[0]))
+    for row, length in enumerate(lengths):
         history_BT[row, length:] = PAD
     first_I = torch.tensor(VOCABULARY.offsets)
-    return history_BT, first_I + torch.randint(0, 4, (4, 3))
+    return history_BT, first_I + torch.randint(0, 4, (len(lengths), 3))
 
 
 def catalog_of(level_sizes: tuple[int, ...], seed: int, num_items: int) -> np.ndarray:

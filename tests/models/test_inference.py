@@ -1,33 +1,25 @@
-import pytest
-import torch
+from functools import partial
 
-from tiger_ray.config import ModelSettings
+import pytest
+import tiny_models
+import torch
+from tiny_models import VOCABULARY
+
 from tiger_ray.inference import InferenceModel, softmax
 from tiger_ray.model import TigerModel
-from tiger_ray.tokens import PAD, Vocabulary
+from tiger_ray.tokens import PAD
 
-VOCABULARY = Vocabulary((6, 5, 4), num_user_buckets=3)
+padded_batch = partial(tiny_models.padded_batch, lengths=(61, 46, 9, 1))  # 61: 20 items and a user
 
 
 def tiny_model(**changes) -> TigerModel:
-    torch.manual_seed(0)
-    sizes = {"num_layers": 2, "d_model": 16, "num_heads": 2, "d_kv": 8, "d_ff": 24, "num_user_buckets": 3}
-    model = TigerModel(ModelSettings(**(sizes | changes)), VOCABULARY).eval()
-    with torch.no_grad():  # scales of norms begin at one, where nothing would tell that they are left out
+    """Scales of norms begin at one, where nothing would tell that they are left out."""
+    model = tiny_models.tiny_model(**changes)
+    with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("layer_norm.weight"):
                 weight.uniform_(0.5, 1.5)
     return model
-
-
-def padded_batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Histories of 1 to 61 tokens, which is what 20 items and a user take, and targets."""
-    torch.manual_seed(1)
-    history_BT = torch.randint(1, VOCABULARY.size, (4, 61))
-    for row, length in enumerate((61, 46, 9, 1)):
-        history_BT[row, length:] = PAD
-    first_I = torch.tensor(VOCABULARY.offsets)
-    return history_BT, first_I + torch.randint(0, 4, (4, 3))
 
 
 def written(model: InferenceModel, history_BT: torch.Tensor, target_BI: torch.Tensor) -> list[torch.Tensor]:

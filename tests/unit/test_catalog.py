@@ -150,18 +150,6 @@ def test_a_column_that_cannot_be_read_is_refused_by_its_type(column, type, setti
         _require_readable(schema, catalog_settings(**setting))
 
 
-def test_columns_of_text_numbers_and_lists_of_them_are_read():
-    fields = [
-        ("title", pa.dictionary(pa.int32(), pa.string())),
-        ("brand", pa.large_list(pa.large_string())),
-        ("price", pa.float64()),
-        ("kind", pa.list_(pa.string())),
-        ("there", pa.int8()),
-    ]
-    text = ("title", "brand", "price")
-    _require_readable(pa.schema(fields), catalog_settings(text=text, category="kind", available="there"))
-
-
 def test_long_text_is_cut_by_characters_not_bytes():
     assert text({"title": ["é" * 50]}, max_text_chars=20) == ["title: " + "é" * 13]
 
@@ -171,6 +159,23 @@ def clean(columns, id_type=None, vector_type=None, **changed):
     return clean_rows(
         table, catalog_settings(**changed), id_type or table.schema.field("item_id").type, vector_type
     )
+
+
+def test_columns_of_text_numbers_and_lists_of_them_are_read():
+    columns = {
+        "item_id": pa.array([7, 8]),
+        "title": pa.array(["Dune", "Emma"]).dictionary_encode(),
+        "brand": pa.array([["Ace", "Tor"], None], pa.large_list(pa.large_string())),
+        "price": pa.array([1.5, None]),
+        "kind": pa.array([["Books", "Novels"], []], pa.list_(pa.string())),
+        "there": pa.array([1, 0], pa.int8()),
+    }
+    chosen = {"text": ("title", "brand", "price"), "category": "kind", "available": "there"}
+    _require_readable(pa.table(columns).schema, catalog_settings(**chosen))
+    rows = clean(columns, **chosen)
+    assert rows.column("text").to_pylist() == ["title: Dune; brand: Ace > Tor; price: 1.5", "title: Emma"]
+    assert rows.column("category").to_pylist() == ["Novels", None]
+    assert rows.column("available").to_pylist() == [True, False]
 
 
 def test_cleaned_rows_have_the_schema_of_the_artifact_and_a_shard():
