@@ -1,6 +1,7 @@
 """bf16 is used where the device has instructions for it, and nowhere else."""
 
 import logging
+import platform
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 def cpu_knows_bf16(request, monkeypatch):
     precision._multiplies_bf16.cache_clear()
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: request.param)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: request.param)
     yield
     precision._multiplies_bf16.cache_clear()
 
@@ -32,6 +34,17 @@ def test_a_cpu_without_bf16_computes_in_fp32_and_says_so_once(cpu_knows_bf16, ca
     assert [record.message for record in caplog.records] == [
         "this cpu has no bf16 instructions; fp32 is used where bf16 was asked for"
     ]
+
+
+@pytest.mark.parametrize("instructions", [None, "_is_avx512_bf16_supported", "_is_amx_tile_supported"])
+@pytest.mark.parametrize("cpu_knows_bf16", [True], indirect=True)
+def test_an_intel_cpu_that_only_emulates_bf16_by_avx512_computes_in_fp32(
+    cpu_knows_bf16, monkeypatch, instructions
+):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    for each in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, each, lambda each=each: each == instructions)
+    assert dtype_of("bf16", CPU) == (torch.bfloat16 if instructions else torch.float32)
 
 
 @pytest.mark.parametrize("known", [True, False])
