@@ -426,7 +426,7 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         mallopt = ctypes.CDLL(None).mallopt
         trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # names and numbers of malloc.h
-        mallopt(trim_threshold, 2**30)
+        mallopt(trim_threshold, -1)  # never: what a training step frees in the end may be gigabytes
         mallopt(mmap_threshold, 2**30)
         mallopt(arena_max, 1)
 
