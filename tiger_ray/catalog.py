@@ -9,12 +9,15 @@ from __future__ import annotations
 import difflib
 import html
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import ray
 
@@ -26,6 +29,8 @@ from tiger_ray.shards import shard_name, write_partitions
 from tiger_ray.stage import Computed, StageResult, run_stage
 from tiger_ray.storage import FileEntry, Run, Storage
 from tiger_ray.stores import InputFile, input_filesystem, list_inputs, require_unchanged
+
+FOOTERS_AT_ONCE = 32
 
 
 def run(settings: Settings, storage: Storage) -> StageResult:
@@ -61,15 +66,8 @@ def read_input_schema(files: Sequence[InputFile], uri: str, wanted: dict[str, st
     filesystem, _ = input_filesystem(uri)
     first: pa.Schema | None = None
     rows = 0
-    for file in files:
-        try:
-            with filesystem.open_input_file(file.path) as source:
-                footer = pq.read_metadata(source)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(
-                f"{file.path} is not a readable Parquet file ({file.bytes:,} bytes): {error}"
-            ) from None
-        schema = footer.schema.to_arrow_schema()
+    for file, footer in zip(files, _footers(files, filesystem), strict=True):
+        schema = footer.schema
         rows += footer.num_rows
         for setting, column in wanted.items():
             if column not in schema.names:
@@ -89,6 +87,31 @@ def read_input_schema(files: Sequence[InputFile], uri: str, wanted: dict[str, st
     if rows == 0:
         raise DataError(f"{uri} holds {len(files)} Parquet file(s) and 0 rows")
     return first, rows
+
+
+class _Footer(NamedTuple):
+    schema: pa.Schema
+    num_rows: int
+
+
+def _footers(files: Sequence[InputFile], filesystem: pafs.FileSystem) -> Iterator[_Footer]:
+    """Of each file in order; many are read at once, for each takes an object store as long as the last."""
+
+    def read(file: InputFile) -> _Footer:
+        try:
+            with filesystem.open_input_file(file.path) as source:
+                footer = pq.read_metadata(source)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(
+                f"{file.path} is not a readable Parquet file ({file.bytes:,} bytes): {error}"
+            ) from None
+        return _Footer(footer.schema.to_arrow_schema(), footer.num_rows)
+
+    pool = ThreadPoolExecutor(FOOTERS_AT_ONCE)
+    try:
+        yield from pool.map(read, files)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def read_columns(files: Sequence[InputFile], uri: str, columns: Iterable[str]) -> ray.data.Dataset:

@@ -2,6 +2,7 @@
 
 import html
 import re
+import threading
 
 import numpy as np
 import pyarrow as pa
@@ -299,4 +300,23 @@ def test_footers_alone_tell_rows_missing_columns_and_mixed_types(tmp_path):
     with pytest.raises(
         DataError, match=r"'item_id' is int64 in .*c\.parquet \(1 rows\), but string in .*a\.parquet"
     ):
+        read_input_schema(list_inputs(uri), uri, {"catalog.item_id": "item_id"})
+
+
+def test_footers_of_many_files_are_read_at_once(tmp_path, monkeypatch):
+    """Each waits here until four are being read, which one after the other would never come to pass."""
+    for number in range(8):
+        pq.write_table(pa.table({"item_id": [number]}), tmp_path / f"{number}.parquet")
+    four, read = threading.Barrier(4), pq.read_metadata
+    monkeypatch.setattr(pq, "read_metadata", lambda source: (four.wait(timeout=20), read(source))[1])
+    uri = str(tmp_path)
+    assert read_input_schema(list_inputs(uri), uri, {"catalog.item_id": "item_id"})[1] == 8
+
+
+def test_of_two_bad_files_the_first_is_named(tmp_path):
+    for number in range(100):
+        (tmp_path / f"{number:02}.parquet").write_bytes(b"no Parquet")
+    pq.write_table(pa.table({"item_id": [1]}), tmp_path / "00.parquet")
+    uri = str(tmp_path)
+    with pytest.raises(DataError, match=r"01\.parquet is not a readable Parquet file \(10 bytes\)"):
         read_input_schema(list_inputs(uri), uri, {"catalog.item_id": "item_id"})
