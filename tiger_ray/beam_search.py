@@ -99,14 +99,13 @@ def beam_search(
 
 def close(log_prob_BWM: Tensor, node_BW: Tensor, closed: Closed) -> None:
     """Bar candidates of some users, in place."""
+    _, width, num_candidates = log_prob_BWM.shape
     at_EW = node_BW[closed.user_E] == closed.node_E[:, None]
-    beam_W = torch.arange(node_BW.shape[1], device=node_BW.device)
-    # no list of places: its length would have to be waited for
-    log_prob_BWM.index_put_(
-        (closed.user_E[:, None], beam_W, closed.nth_E[:, None]),
-        torch.where(at_EW, -torch.inf, 0.0),
-        accumulate=True,
-    )
+    beam_EW = closed.user_E[:, None] * width + torch.arange(width, device=node_BW.device)
+    place_EW = beam_EW * num_candidates + closed.nth_E[:, None]
+    # no list of places where something is: its length would have to be waited for
+    bar_EW = torch.where(at_EW, -torch.inf, 0.0)
+    log_prob_BWM.view(-1).index_add_(0, place_EW.flatten(), bar_EW.flatten())
 
 
 def best_places(score_BP: Tensor, count: int) -> Tensor:
@@ -129,7 +128,7 @@ class Draw:
     """
 
     def __init__(self, seed_B: Tensor) -> None:
-        self._key_BW = seed_B[:, None]
+        self._key_BW = mixed(seed_B)[:, None]  # or the codes of one user would be those of the next, shifted
         self._log_prob_BW = torch.zeros(len(seed_B), 1, device=seed_B.device)
         self._rank_BW = self._log_prob_BW
 
@@ -296,7 +295,18 @@ class Decoder:
         self.model = InferenceModel(model, dtype, self.device, settings.temperature)
         self.trie = Trie.build(codes_NI, eligible_N).to(self.device)
         self._batch_tokens = settings.batch_tokens or BATCH_TOKENS[self.device.type]
-        self._recorded = RecordedSearch(self._decode) if self.device.type == "cuda" else None
+        # of an excluded item, compared with each beam and with each child that is listed, beside that of a token
+        lists = [edges.num_candidates for edges in self.trie.edges if edges.code is not None]
+        self._tokens_per_excluded = max(settings.beam_width, *lists, 0) / 1024
+        self._recorded: Search | None = None
+        if self.device.type == "cuda":
+            model, trie, width = self.model, self.trie, settings.beam_width
+            # nothing of `self`: in a cycle the graphs would keep gigabytes until Python looks for cycles
+            self._recorded = RecordedSearch(
+                lambda history_BT, closed, seed_B: beam_search(
+                    model, trie, history_BT, width, closed, seed_B
+                )
+            )
         if self.device.type == "cpu":
             keep_freed_memory()
 
@@ -368,13 +378,15 @@ class Decoder:
         self, read_B: npt.NDArray[np.int64], excluded_B: npt.NDArray[np.int64]
     ) -> Iterator[npt.NDArray[np.int64]]:
         """Users of about one history length, as many as the budget of tokens allows, longest first."""
-        width, budget = self.settings.beam_width, self._batch_tokens
+        vocabulary, budget = self.model.vocabulary, self._batch_tokens
         by_length_B = np.argsort(-read_B, kind="stable")
-        # an excluded item is compared with every beam, which takes a thousandth of a token's memory
-        excluded_B = excluded_B[by_length_B] * width // 1024
+        excluded_B = (excluded_B[by_length_B] * self._tokens_per_excluded).astype(np.int64)
         first = 0
         while first < len(by_length_B):
-            each = int(read_B[by_length_B[first]]) * self.model.vocabulary.id_length + width
+            each = int(read_B[by_length_B[first]]) * vocabulary.id_length + (vocabulary.num_user_buckets > 0)
+            if self._recorded is not None:
+                each += -each % LENGTH_MULTIPLE
+            each += self.settings.beam_width
             most = max(1, budget // each)
             used = each * np.arange(1, most + 1)[: len(by_length_B) - first]
             used += np.cumsum(excluded_B[first : first + most])
@@ -408,14 +420,13 @@ class Decoder:
                 codes_XI = torch.from_numpy(self.codes_NI[item_X].astype(np.int64))
                 closed = self.trie.closed(codes_XI.to(self.device), torch.from_numpy(user_X).to(self.device))
             seed = None if seed_B is None else torch.from_numpy(seed_B).to(self.device)
-            search = self._recorded or self._decode
-            found_BW, score_BW = search(history_BT.to(self.device), closed, seed)
+            history_BT = history_BT.to(self.device)
+            if self._recorded is not None:
+                found_BW, score_BW = self._recorded(history_BT, closed, seed)
+            else:
+                width = self.settings.beam_width
+                found_BW, score_BW = beam_search(self.model, self.trie, history_BT, width, closed, seed)
             return found_BW[:, :k].cpu().numpy(), score_BW[:, :k].cpu().numpy()
-
-    def _decode(
-        self, history_BT: Tensor, closed: tuple[Closed, ...] | None, seed_B: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        return beam_search(self.model, self.trie, history_BT, self.settings.beam_width, closed, seed_B)
 
 
 def keep_freed_memory() -> None:
@@ -427,7 +438,8 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # names and numbers of malloc.h
         mallopt(trim_threshold, -1)  # never: what a training step frees in the end may be gigabytes
-        mallopt(mmap_threshold, 2**30)
+        # older versions of glibc refuse more than 32 MiB, and would then map and unmap whatever exceeds 128 KiB
+        _ = mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)
         mallopt(arena_max, 1)
 
 

@@ -391,7 +391,7 @@ class DecodingSettings(Section):
 
     beam_width: Count = 20
     """Candidates kept per level W; at least the number of items asked for."""
-    temperature: Positive = 1.0
+    temperature: Annotated[float, Field(ge=0.01, le=100.0)] = 1.0
     """Divides the logits: above 1 the probabilities even out, below 1 they sharpen."""
     sample: bool = False
     """Draw each user's items without replacement instead of taking the most probable ones, each codeword by its

@@ -29,7 +29,8 @@ def _multiplies_bf16(device_type: str) -> bool:
     if device_type == "cuda":
         known = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        known = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        known = onednn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
         if platform.machine() == "x86_64":  # where oneDNN says yes to all of AVX-512, which can emulate it
             known = known and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     if not known:

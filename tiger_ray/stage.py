@@ -29,8 +29,8 @@ FORMAT_VERSIONS = {
     "semantic_ids": 2,
     "sequences": 3,
     "model": 1,
-    "evaluation": 3,
-    "recommendations": 1,
+    "evaluation": 4,
+    "recommendations": 2,
 }
 """Artifacts in the order of the night. Raise a number when a stage starts to write something else for
 the same input, so that what older code published is not taken for it."""

@@ -1,6 +1,10 @@
+import gc
+import itertools
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from tiny_models import histories_of, split
 from tiger_ray import hashing, trie
 from tiger_ray.beam_search import (
     Decoder,
+    Draw,
     beam_search,
     best_first,
     best_places,
@@ -33,6 +38,8 @@ LEVEL_SIZES = (4, 3, 3, 2)
 tiny_model = partial(tiny_models.tiny_model, LEVEL_SIZES, num_user_buckets=0)
 catalog_of = partial(tiny_models.catalog_of, LEVEL_SIZES)
 MODEL = tiny_model()
+TABLE_BYTES = (0, trie.MAX_TABLE_BYTES)
+"""Children of all levels as lists, or as tables, which is what so few codewords get otherwise."""
 
 
 def score_every_item(model: TigerModel, codes_NI: np.ndarray, history: np.ndarray) -> np.ndarray:
@@ -63,16 +70,18 @@ MODELS = [
     st.floats(0.05, 1.0),
     st.booleans(),
     st.sampled_from(MODELS),
+    st.sampled_from(TABLE_BYTES),
 )
 def test_beam_search_equals_exhaustive_scoring_on_tiny_catalogs(
-    seed, num_items, share, exclude_history, model
+    seed, num_items, share, exclude_history, model, table_bytes
 ):
     codes_NI = catalog_of(seed, num_items)
     eligible_N = np.random.default_rng(seed).random(num_items) < share
     eligible_N[seed % num_items] = True
     item_index, lengths_B = histories_of(seed, 3, num_items)
 
-    decoder = Decoder(model, codes_NI, eligible_N, DecodingSettings(beam_width=72))
+    with mock.patch.object(trie, "MAX_TABLE_BYTES", table_bytes):
+        decoder = Decoder(model, codes_NI, eligible_N, DecodingSettings(beam_width=72))
     found_BK, score_BK = decoder.recommend(item_index, lengths_B, None, 72, exclude_history=exclude_history)
 
     for user, history in enumerate(split(item_index, lengths_B)):
@@ -283,11 +292,20 @@ def test_narrow_beams_keep_what_brute_force_keeps(width, k):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 2**32), st.integers(2, 72), st.integers(1, 6), st.booleans(), st.booleans())
-def test_nothing_invalid_or_excluded_comes_out_of_narrow_beams(seed, num_items, width, sample, bf16):
+@given(
+    st.integers(0, 2**32),
+    st.integers(2, 72),
+    st.integers(1, 6),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(TABLE_BYTES),
+)
+def test_nothing_invalid_or_excluded_comes_out_of_narrow_beams(
+    seed, num_items, width, sample, bf16, table_bytes
+):
     """Of random catalogs, masks, models and seeds; and as many items as are left, up to the width."""
-    torch.manual_seed(seed)
     model = tiny_model()
+    torch.manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(1 + 2 * torch.rand(()))
@@ -296,7 +314,8 @@ def test_nothing_invalid_or_excluded_comes_out_of_narrow_beams(seed, num_items, 
     eligible_N[seed % num_items] = True
     item_index, lengths_B = histories_of(seed, 5, num_items, longest=12)
     decoding = DecodingSettings(beam_width=width, precision="bf16" if bf16 else "fp32")
-    decoder = Decoder(model, codes_NI, eligible_N, decoding)
+    with mock.patch.object(trie, "MAX_TABLE_BYTES", table_bytes):
+        decoder = Decoder(model, codes_NI, eligible_N, decoding)
     seed_B = np.arange(5) if sample else None
     found_BK, score_BK = decoder.recommend(
         item_index, lengths_B, None, width, exclude_history=True, seed_B=seed_B
@@ -347,6 +366,14 @@ def test_draws_are_without_replacement_by_probability():
     np.fill_diagonal(expected, 0)
     # within five standard deviations of each count
     assert (np.abs(pairs - count * expected) <= 5 * np.sqrt(count * expected) + 1e-9).all()
+
+
+def test_users_of_neighbouring_seeds_draw_independently():
+    """Their numbers for all codewords but the last are not those of the next user, shifted by one."""
+    draw, count = Draw(torch.arange(200)), 6
+    rank_BM = draw.extend(torch.zeros(200, 1, count), torch.arange(count).expand(200, 1, -1))[:, 0]
+    same = rank_BM[:-1, 1:].argsort(-1) == rank_BM[1:, :-1].argsort(-1)
+    assert same.all(-1).float().mean() < 0.1  # of 120 orders
 
 
 def test_a_draw_of_everything_is_everything_and_a_seed_decides():
@@ -409,6 +436,15 @@ def test_a_batch_holds_as_many_tokens_as_the_budget_and_every_user_once():
     assert len(batches) < 40
 
 
+def test_excluded_items_are_budgeted_by_the_longest_list_they_are_looked_up_in(monkeypatch):
+    """10,240 of them against four children each take the memory of 40 tokens, not of the one beam's 10."""
+    monkeypatch.setattr(trie, "MAX_TABLE_BYTES", 0)
+    decoding = DecodingSettings(beam_width=1, batch_tokens=450)
+    decoder = Decoder(MODEL, catalog_of(11, 72), np.ones(72, bool), decoding)
+    batches = list(decoder._batches(np.full(30, 1), np.full(30, 10_240)))
+    assert [len(batch) for batch in batches] == [10, 10, 10]
+
+
 def test_the_hash_of_a_draw_is_that_of_the_rest_of_the_package():
     key_N = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 100)
     expected = hashing.mixed(key_N.view(np.uint64))
@@ -421,18 +457,20 @@ def test_gumbel_noise_has_its_mean_and_deviation():
     assert noise.std().item() == pytest.approx(np.pi / np.sqrt(6), abs=0.02)
 
 
+@pytest.mark.parametrize("table_bytes", TABLE_BYTES)
 @pytest.mark.parametrize("sample", [False, True])
-def test_no_step_of_the_search_asks_for_a_value(sample):
-    """On tensors without values such a step raises; a GPU would wait there, and could not record it."""
-    codes_NI = catalog_of(12, 60)
-    trie = Trie.build(codes_NI, np.ones(60, bool)).to("meta")
+def test_no_step_of_the_search_asks_for_a_value(sample, table_bytes, monkeypatch):
+    """On tensors without values such a step raises; a GPU would wait there, and could not record it. (What waits
+    inside a kernel of a GPU is not seen here.)"""
+    monkeypatch.setattr(trie, "MAX_TABLE_BYTES", table_bytes)
+    valid = Trie.build(catalog_of(12, 60), np.ones(60, bool)).to("meta")
     model = InferenceModel(MODEL, torch.bfloat16, "meta")
     history_BT = torch.ones(5, 24, dtype=torch.int64, device="meta")
     place_E = torch.ones(7, dtype=torch.int64, device="meta")
     closed = (Closed(place_E, place_E, place_E),) * 4
     seed_B = torch.ones(5, dtype=torch.int64, device="meta") if sample else None
     with torch.inference_mode():
-        found_BW, score_BW = beam_search(model, trie, history_BT, 9, closed, seed_B)
+        found_BW, score_BW = beam_search(model, valid, history_BT, 9, closed, seed_B)
     assert found_BW.shape == score_BW.shape == (5, 9)
     with pytest.raises(RuntimeError, match="meta"):
         bool(found_BW.any())
@@ -451,15 +489,15 @@ def test_padding_for_a_gpu_changes_no_answer(seed, exclude_history, sample, with
     expected = decoder.recommend(item_index, lengths_B, buckets_B, 6, **users)
 
     shapes = []
-    plain = decoder._decode
 
     def search(*arguments):
         inputs, rebuild = padded(*arguments)
         shapes.append([tuple(tensor.shape) for tensor in inputs])
-        found_BW, score_BW = plain(*rebuild(inputs))
+        history_BT, closed, seed_B = rebuild(inputs)
+        found_BW, score_BW = beam_search(decoder.model, decoder.trie, history_BT, 6, closed, seed_B)
         return found_BW[: len(arguments[0])], score_BW[: len(arguments[0])]
 
-    decoder._decode = search
+    decoder._recorded = search
     found = decoder.recommend(item_index, lengths_B, buckets_B, 6, **users)
     np.testing.assert_array_equal(found[0], expected[0])
     np.testing.assert_allclose(found[1], expected[1], atol=1e-4)
@@ -474,11 +512,12 @@ def test_recorded_searches_equal_plain_ones_whatever_was_replayed_before():
     codes_NI = catalog_of(13, 60)
     decoding = DecodingSettings(beam_width=8, batch_tokens=400)
     decoder = Decoder(MODEL, codes_NI, np.ones(60, bool), decoding, "cuda")
-    for seed in (1, 2, 3, 1):
+    for seed, sample in itertools.product((1, 2, 3, 1), (False, True)):
         item_index, lengths_B = histories_of(seed, 20, 60, longest=12)
-        found = decoder.recommend(item_index, lengths_B, None, 8, exclude_history=True)
+        asked = {"exclude_history": True, "seed_B": np.arange(20) if sample else None}
+        found = decoder.recommend(item_index, lengths_B, None, 8, **asked)
         recorded, decoder._recorded = decoder._recorded, None
-        expected = decoder.recommend(item_index, lengths_B, None, 8, exclude_history=True)
+        expected = decoder.recommend(item_index, lengths_B, None, 8, **asked)
         decoder._recorded = recorded
         np.testing.assert_array_equal(found[0], expected[0])
         np.testing.assert_allclose(found[1], expected[1], atol=1e-4)
@@ -488,9 +527,33 @@ def test_a_batch_that_will_be_padded_to_a_power_of_two_is_one():
     decoder = Decoder(
         MODEL, catalog_of(11, 20), np.ones(20, bool), DecodingSettings(beam_width=10, batch_tokens=700)
     )
-    decoder._recorded = decoder._decode
+    decoder._recorded = beam_search  # any
     batches = list(decoder._batches(np.full(100, 5), np.zeros(100, np.int64)))
     assert [len(batch) for batch in batches] == [16] * 6 + [4]
+    # one item is 4 tokens, and 16 with what it is padded by
+    batches = list(decoder._batches(np.full(100, 1), np.zeros(100, np.int64)))
+    assert [len(batch) for batch in batches] == [16] * 6 + [4]
+
+
+def test_the_recorded_searches_of_a_decoder_go_with_it(monkeypatch):
+    """Their graphs hold gigabytes of a GPU, and each validation makes a decoder."""
+
+    class Recorded:
+        def __init__(self, search):
+            self.search = search
+
+    monkeypatch.setattr("tiger_ray.beam_search.RecordedSearch", Recorded)
+    monkeypatch.setattr(InferenceModel, "__init__", lambda self, *_: None)
+    monkeypatch.setattr(Trie, "to", lambda self, device: self)
+    gc.disable()
+    try:
+        decoder = Decoder(MODEL, catalog_of(11, 20), np.ones(20, bool), DecodingSettings(), "cuda")
+        recorded = weakref.ref(decoder._recorded)
+        assert recorded() is not None
+        del decoder
+        assert recorded() is None
+    finally:
+        gc.enable()
 
 
 def test_temperature_of_the_settings_divides_the_logits():

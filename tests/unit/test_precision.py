@@ -47,6 +47,13 @@ def test_an_intel_cpu_that_only_emulates_bf16_by_avx512_computes_in_fp32(
     assert dtype_of("bf16", CPU) == (torch.bfloat16 if instructions else torch.float32)
 
 
+@pytest.mark.parametrize("cpu_knows_bf16", [True], indirect=True)
+def test_a_build_of_torch_without_onednn_computes_in_fp32(cpu_knows_bf16, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.delattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
+    assert dtype_of("bf16", CPU) == torch.float32
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_a_gpu_is_asked_whether_it_has_the_instructions_not_whether_it_can_emulate_them(monkeypatch, known):
     precision._multiplies_bf16.cache_clear()
