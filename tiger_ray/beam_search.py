@@ -300,11 +300,11 @@ class Decoder:
         self._tokens_per_excluded = max(settings.beam_width, *lists, 0) / 1024
         self._recorded: Search | None = None
         if self.device.type == "cuda":
-            model, trie, width = self.model, self.trie, settings.beam_width
+            inference, trie, width = self.model, self.trie, settings.beam_width
             # nothing of `self`: in a cycle the graphs would keep gigabytes until Python looks for cycles
             self._recorded = RecordedSearch(
                 lambda history_BT, closed, seed_B: beam_search(
-                    model, trie, history_BT, width, closed, seed_B
+                    inference, trie, history_BT, width, closed, seed_B
                 )
             )
         if self.device.type == "cpu":

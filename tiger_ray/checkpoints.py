@@ -91,8 +91,11 @@ def load_state(data: bytes, model: nn.Module, optimizer: torch.optim.Optimizer) 
             slots = {
                 key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
             }
-            # The step count too: a fused optimizer reads it on the device of the parameter.
-            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in slots.items()}
+            # Only a fused optimizer reads the step count on the device; others would wait for it there.
+            here = set() if optimizer.defaults.get("fused") else {"step"}
+            optimizer.state[parameter] = {
+                key: value if key in here else value.to(parameter.device) for key, value in slots.items()
+            }
             if f"best.{name}" in tensors:
                 progress.best[name] = tensors[f"best.{name}"].to(parameter.device)
     return progress

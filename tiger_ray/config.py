@@ -350,7 +350,7 @@ class TrainingSettings(Section):
     """Adafactor, as in the paper, scales each step by the size of the weights: T5 begins with embeddings 10 to 90
     times as large as its other weights, and AdamW moves all of them equally far (try 1e-3 for it, and a decay)."""
     learning_rate: Positive = 0.01
-    """Peak step size."""
+    """Peak step size; torch's Adafactor also never takes more than 1 / sqrt(step)."""
     schedule: Literal["cosine", "inverse_sqrt"] = "cosine"
     """After the warm-up: a cosine to zero at the last step, or a fall with the square root of the step."""
     warmup_steps: CountOrZero = 500

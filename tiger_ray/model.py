@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from tiger_ray.config import ModelSettings
 from tiger_ray.errors import ArtifactError
@@ -85,8 +86,10 @@ class TigerModel(nn.Module):
         # split once: its gradient is one matrix, while that of a slice would be one for each level
         sizes = [1, *vocabulary.level_sizes, vocabulary.num_user_buckets]
         _, *weight_ICD, _ = torch.split(weight_VD, sizes)
-        code_BI = target_BI - torch.tensor(vocabulary.offsets, device=target_BI.device)
-        levels = zip(hidden_BID.unbind(1), weight_ICD, code_BI.unbind(1), strict=True)
+        code_IB = [
+            token_B - first for token_B, first in zip(target_BI.unbind(1), vocabulary.offsets, strict=True)
+        ]
+        levels = zip(hidden_BID.unbind(1), weight_ICD, code_IB, strict=True)
         return torch.stack([losses(*level) for level in levels], 1)
 
     def logits(self, history_BT: Tensor, target_BI: Tensor) -> Tensor:
@@ -351,6 +354,7 @@ class _ReluDropoutOnCpu(torch.autograd.Function):
         return hidden
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (dropped,) = ctx.saved_tensors
         return torch.ops.aten.threshold_backward(gradient, dropped, 0).mul_(ctx.scale), None
@@ -425,6 +429,7 @@ class _WholeHeads(torch.autograd.Function):
         return tuple(part.transpose(1, 2).contiguous() for part in projected.unbind(2))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         batch, heads, length, width = gradients[0].shape
         of_projected = gradients[0].new_empty(batch, length, len(gradients), heads, width)
@@ -482,6 +487,7 @@ class _NormOnCpu(torch.autograd.Function):
         return (x_ND * r_N1).mul_(weight_D).view_as(hidden)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x_ND, weight_D, r_N1 = ctx.saved_tensors
         g_ND = gradient.reshape(x_ND.shape)
@@ -513,4 +519,4 @@ def kept(shape: torch.Size, p: float) -> Tensor:
     torch's own dropout takes half of a training step there; four draws from 64 random bits are enough.
     """
     words = torch.empty((shape.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    return words.view(torch.int16)[: shape.numel()].view(shape).ge_(round(p * 2**16) - 2**15)
+    return words.view(torch.int16)[: shape.numel()].view(shape).ge_(min(round(p * 2**16), 2**16 - 1) - 2**15)

@@ -89,6 +89,8 @@ def fit(
     model: nn.Module = network.module if isinstance(network, DistributedDataParallel) else network
     device = next(model.parameters()).device
     dtype = dtype_of(settings.precision, device)
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it knows no gradient of the position bias
     loss_window = LossWindow(device)
     network.train()
     for step in range(progress.step, settings.num_steps):
@@ -97,7 +99,7 @@ def fit(
         parts = next(batches)
         for left, batch in enumerate(parts, 1 - len(parts)):
             work = task(batch)
-            inputs = [each.to(device) for each in work.inputs]
+            inputs = [moved(each, device) for each in work.inputs]
             with (
                 network.no_sync() if left and isinstance(network, DistributedDataParallel) else nullcontext()
             ):
@@ -123,6 +125,13 @@ def fit(
                 save(progress)
             if progress.is_stale(settings.patience):
                 break
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; for a GPU by way of pinned memory, so that nobody waits for the copy."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def require_finite(model: nn.Module, step: int) -> None:

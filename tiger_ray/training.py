@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date as calendar_date
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
 
@@ -136,7 +136,11 @@ def require_same_model(last: Manifest, settings: Settings, semantic_ids: Manifes
 
 
 def _require_hidden_from(last: Manifest, settings: Settings) -> None:
-    """The last model has not seen the events that tonight's evaluation asks for, as far as settings can tell."""
+    """The last model has not seen the events that tonight's test asks for, as far as settings can tell.
+
+    Of leave-one-out's validation events it has seen a few: an event that was a user's second and last was trained
+    on, and is one for validation when a third has come.
+    """
     tonight, before = settings.training.holdout, last.metadata["holdout"]
     if tonight == "none":
         return
@@ -144,7 +148,7 @@ def _require_hidden_from(last: Manifest, settings: Settings) -> None:
     begins, began = getattr(settings.sequences, moment), last.settings["sequences"][moment]
     if tonight != before:
         said = f"training.holdout {before!r}, tonight's is {tonight!r}"
-    elif tonight == "time" and str(begins) < str(began):
+    elif tonight == "time" and begins < datetime.fromisoformat(began):
         said = f"sequences.{moment} {began}, tonight's is {begins}"
     else:
         return
@@ -337,7 +341,10 @@ def _train_worker(config: dict[str, Any], worker: Worker) -> None:
                 f"training stopped, for its checkpoint of step {progress.step:,} could not be written. {error}. "
                 f"The same command {again}"
             ) from None
-        run.write_beside("tensorboard", sinks[0].files())
+        try:
+            run.write_beside("tensorboard", sinks[0].files())
+        except StorageError as error:  # no night is lost for a curve
+            print(f"TensorBoard's file of step {progress.step:,} could not be written: {error}", flush=True)
 
     fit(
         model
@@ -369,6 +376,8 @@ def _train_worker(config: dict[str, Any], worker: Worker) -> None:
         validate=validate,
         save=save,
     )
+    for sink in sinks:
+        sink.close()
     if worker.is_first:
         with torch.no_grad():
             for name, weight in progress.best.items():

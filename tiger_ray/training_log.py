@@ -160,7 +160,8 @@ class TrainingLog:
 
     def _write(self, group: str, step: int, values: Mapping[str, float]) -> None:
         for sink in self._sinks:
-            sink(step, {f"{group}/{name}": value for name, value in values.items()})
+            # neither TensorBoard nor MLflow allows an @
+            sink(step, {f"{group}/{name}".replace("@", "_"): value for name, value in values.items()})
 
 
 def training_operations(model: TigerModel, tokens_B: npt.NDArray[np.int64]) -> float:
@@ -206,13 +207,17 @@ class TensorBoard:
         from tensorboardX.summary import scalar
 
         for name, value in values.items():
-            summary = scalar(name.replace("@", "_"), value)  # it allows no @, and says so each time
-            self._writer.write_event(Event(step=step, wall_time=time.time(), summary=summary))
+            event = Event(step=step, wall_time=time.time(), summary=scalar(name, value))
+            self._writer.write_event(event)
 
     def files(self) -> dict[str, bytes]:
         """The file so far, by name."""
         self._writer.flush()
         return {path.name: path.read_bytes() for path in Path(self._folder.name).iterdir()}
+
+    def close(self) -> None:
+        """End the run."""
+        self._writer.close()
 
 
 class MLflow:
@@ -239,6 +244,7 @@ class MLflow:
 
         def begin() -> None:
             mlflow.set_experiment("tiger_ray")
+            mlflow.end_run()  # of a training in this process that ended by an error
             mlflow.start_run(run_name=run_name)
             mlflow.log_params(
                 {f"{section}.{key}": value for section, of in settings.items() for key, value in of.items()}
@@ -250,6 +256,10 @@ class MLflow:
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
         """Take the values of one step, by name."""
         self._try(lambda: self._mlflow.log_metrics(dict(values), step=step))
+
+    def close(self) -> None:
+        """End the run."""
+        self._try(self._mlflow.end_run)
 
     def _try(self, action: Callable[[], None]) -> None:
         if not self._works:

@@ -4,7 +4,7 @@
     python jobs/benchmarks/train.py --only padding,peak
 
 A model of the paper's size with the weights that training begins with, histories as long as Amazon Beauty's
-of planted items, AdamW, global batches of 256. What is compared runs in turns on the same examples; rates are
+of planted items, Adafactor, global batches of 256. What is compared runs in turns on the same examples; rates are
 examples per second on all cores, of one process with all threads or of DDP workers with one thread each, and
 every side gets the better of the two. Needs the extra `studies`.
 """
@@ -64,6 +64,7 @@ def main() -> None:
     claims.settings |= {
         "model": planted_model().settings.model_dump(mode="json"),
         "global_batch": GLOBAL_BATCH,
+        "optimizer": TrainingSettings().optimizer,
     }
     run_parts(chosen, parts, claims, Machine(words.beauty), words.json)
 

@@ -5,6 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.multiprocessing import start_processes
+from torch.nn.parallel import DistributedDataParallel
 
 from tiger_ray.checkpoints import Progress, load_state, save_state
 from tiger_ray.config import ModelSettings, TrainingSettings
@@ -112,12 +115,13 @@ def train(
     rank=0,
     world_size=1,
     sinks=(),
+    network=None,
     **changed,
 ):
     """Runs the loop; returns the progress."""
     progress = progress or Progress()
     fit(
-        model,
+        network or model,
         optimizer,
         (examples or examples_of(HISTORIES, seed=seed)).batches(
             settings.global_batch_size,
@@ -200,12 +204,12 @@ class Recorder(torch.optim.SGD):
 WITHOUT_DROPOUT = TINY.model_copy(update={"dropout": 0.0})
 
 
-def gradients(rank=0, world_size=1, **changed):
+def gradients(rank=0, world_size=1, wrap=lambda model: model, **changed):
     """Of one step."""
     settings = training_settings(num_steps=1, max_grad_norm=1e9, **changed)
     model, _ = fresh(settings, WITHOUT_DROPOUT)
     recorder = Recorder(model.parameters(), lr=0.1)
-    train(model, recorder, settings, rank=rank, world_size=world_size)
+    train(model, recorder, settings, rank=rank, world_size=world_size, network=wrap(model))
     return recorder.gradients
 
 
@@ -221,6 +225,34 @@ def test_workers_average_to_the_gradient_of_one(world_size):
 def test_accumulated_parts_give_the_gradient_of_the_whole(batch_tokens):
     for whole, accumulated in zip(gradients(), gradients(batch_tokens=batch_tokens), strict=True):
         torch.testing.assert_close(accumulated, whole, rtol=1e-4, atol=1e-7)
+
+
+UNEQUAL_PARTS = 14
+"""Tokens per part that one of three workers needs more parts for than another."""
+
+
+def accumulate_as_worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=3)
+    found = gradients(rank, 3, DistributedDataParallel, batch_tokens=UNEQUAL_PARTS)
+    torch.save(found, f"{folder}/gradients-{rank}")
+    dist.destroy_process_group()
+
+
+def test_ddp_workers_of_unequally_many_parts_all_have_the_gradient_of_the_whole(tmp_path):
+    shares = [
+        next(
+            examples_of(HISTORIES).batches(
+                8, rank=rank, world_size=3, batch_tokens=UNEQUAL_PARTS, id_length=VOCABULARY.id_length
+            )
+        )
+        for rank in range(3)
+    ]
+    assert sorted(map(len, shares)) == [1, 2, 2]
+    start_processes(accumulate_as_worker, (str(tmp_path),), 3, start_method="forkserver")
+    for rank in range(3):
+        for whole, found in zip(gradients(), torch.load(tmp_path / f"gradients-{rank}"), strict=True):
+            torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-7)
 
 
 def test_the_loss_shown_is_the_mean_over_codewords_and_checkpoints_do_not_depend_on_log_lines():

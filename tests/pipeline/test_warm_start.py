@@ -135,24 +135,36 @@ def test_a_model_that_saw_what_tonight_hides_is_no_warm_start(night: Night) -> N
     training.require_same_model(last, everything, semantic_ids)
 
 
-@pytest.mark.parametrize(("moment", "refused"), [("2026-03-01", True), ("2026-06-01", False)])
+@pytest.mark.parametrize(
+    ("moment", "refused"),
+    [
+        ("2026-03-01", True),
+        ("2026-05-01T11:59:59Z", True),
+        ("2026-05-01T12:00:00Z", False),
+        ("2026-06-01", False),
+    ],
+)
 def test_a_period_that_begins_before_that_of_the_last_model_is_no_warm_start(
     night: Night, moment: str, refused: bool
 ) -> None:
-    last = night["model"]
-    before = {**last.settings, "sequences": {**last.settings["sequences"], "validation_from": "2026-05-01"}}
+
+    def split_at(moment: str) -> Settings:
+        return settings_of(
+            night,
+            night.settings.storage.root,
+            TUESDAY,
+            training={**ONE_STEP, "holdout": "time"},
+            sequences={"validation_from": moment, "test_from": "2026-07-01"},
+        )
+
+    last, before = night["model"], split_at("2026-05-01T12:00:00Z").resolved()
     timed = last.model_copy(update={"metadata": {**last.metadata, "holdout": "time"}, "settings": before})
-    settings = settings_of(
-        night,
-        night.settings.storage.root,
-        TUESDAY,
-        training={**ONE_STEP, "holdout": "time"},
-        sequences={"validation_from": moment, "test_from": "2026-07-01"},
-    )
+    settings = split_at(moment)
     if not refused:
         training.require_same_model(timed, settings, night["semantic_ids"])
         return
     with pytest.raises(
-        ArtifactError, match=r"trained with sequences\.validation_from 2026-05-01, tonight's is 2026-03"
+        ArtifactError,
+        match=r"trained with sequences\.validation_from 2026-05-01T12:00:00Z, tonight's is 2026-0",
     ):
         training.require_same_model(timed, settings, night["semantic_ids"])
