@@ -32,7 +32,7 @@ from tiger_ray.config import DecodingSettings, ModelSettings, TrainingSettings
 from tiger_ray.examples import Examples
 from tiger_ray.histories import HELD_OUT
 from tiger_ray.model import TigerModel
-from tiger_ray.optimization import BATCH_TOKENS, fit, make_optimizer, tiger_task
+from tiger_ray.optimization import BATCH_TOKENS, fit, make_optimizer, tiger_task, tokens_of
 from tiger_ray.tokens import Vocabulary, pad_histories
 from tiger_ray.training_log import TrainingLog, measured_peak
 from tiger_ray.validation import BeamRanker, Validation
@@ -88,7 +88,8 @@ def seconds_of(work: Any, device: torch.device) -> float:
 
 
 def measure_answers(claims: Claims, words: Any) -> None:
-    """In fp32 the device finds the items of the CPU in their order; in bf16 nearly all of them."""
+    """In fp32 the device finds the items of the CPU in their order, in bf16 nearly all of them; and its gradients
+    are those of the CPU, in bf16 nearly."""
     users = full_users(16 if words.small else 512)
     there = planted_decoder(20, "fp32", device=words.device)
     for exclude in (False, True):
@@ -101,6 +102,23 @@ def measure_answers(claims: Claims, words: Any) -> None:
     found, _ = there.recommend(*users, None, 10)
     same = (found[:, :, None] == rounded[:, None, :]).any(axis=2).mean()
     claims.add("bf16_overlap_10", float(same), "of the best ten", ">= 0.98")
+    expected = gradients("fp32", torch.device("cpu"))
+    exact, rounded = (gradients(precision, words.device) for precision in ("fp32", "bf16"))
+    apart = [(exact[name] - of).abs().max() / of.abs().max() for name, of in expected.items()]
+    claims.add("fp32_gradient_difference", float(max(apart)), "of a weight's largest", "<= 1e-3")
+    cosines = [torch.cosine_similarity(rounded[name], of, dim=0) for name, of in expected.items()]
+    claims.add("bf16_gradient_cosine", float(min(cosines)), "least of all weights", ">= 0.99")
+
+
+def gradients(precision: str, device: torch.device) -> dict[str, torch.Tensor]:
+    """Of each weight, flat, on a few examples without dropout."""
+    model = TigerModel.from_files(planted_model().to_files()).to(device)
+    (batch,) = next(beauty_examples(None).batches(16, id_length=model.vocabulary.id_length))
+    history_BT, target_BI = tokens_of(batch, planted_codes(), model.vocabulary)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        loss_BI = model(history_BT.to(device), target_BI.to(device))
+    loss_BI.mean().backward()
+    return {name: weight.grad.float().cpu().flatten() for name, weight in model.named_parameters()}
 
 
 # Decoding

@@ -121,7 +121,7 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def test_refused_checkpoints_end_training_clearly_and_the_same_command_goes_on(
-    training: Training, s3_faults: Any
+    training: Training, s3_faults: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     s3_faults.answers = Refusing(2, 403, "AccessDenied")
     with pytest.raises(StorageError) as refused:
@@ -160,11 +160,15 @@ def test_refused_checkpoints_end_training_clearly_and_the_same_command_goes_on(
     assert str(foreign.value).endswith(f"To begin again, remove {training.root}/{key}")
     assert not training.is_published
 
-    # All is well again, but for a few refusals that pass.
+    # All is well again, but for a few refusals that pass, and the file of TensorBoard.
     store.put(key, good)
-    s3_faults.answers = Refusing(0, 503, "SlowDown", times=3)
+    refusing = Refusing(0, 503, "SlowDown", times=3)
+    s3_faults.answers = lambda method, path: (
+        (403, "AccessDenied") if method == "PUT" and "/tensorboard/" in path else refusing(method, path)
+    )
     model = training.run()
-    assert s3_faults.answers.written == 1, "only the checkpoint of step 40"
+    assert refusing.written == 1, "only the checkpoint of step 40"
+    assert "TensorBoard's file of step 40 could not be written" in capfd.readouterr().out
     curve = json.loads(Storage(training.root).read_file(model, "curve.json"))
     assert [point["step"] for point in curve["points"]] == [10, 20, 30, 40]
     assert curve["points"][:3] == state["curve"]
