@@ -536,7 +536,7 @@ class Settings(BaseSettings):
     date: str
     """The night, YYYY-MM-DD; it names what is published and is never read from a clock."""
     seed: int = 0
-    """Seed of everything random."""
+    """Seed of everything random; the quantizer keeps the one that it was fitted with."""
     storage: StorageSettings
     ray: RaySettings = RaySettings()
     catalog: CatalogSettings

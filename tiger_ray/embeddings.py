@@ -48,7 +48,7 @@ def run(settings: Settings, storage: Storage, catalog: Manifest) -> StageResult:
         inputs={"catalog": catalog},
         sections={"embeddings": settings.embeddings},
         source={"weights": weights} if weights else {},
-        compute=lambda run: _compute(run, settings.embeddings, storage, catalog, weights),
+        compute=lambda run: _compute(run, settings, storage, catalog, weights),
     )
 
 
@@ -148,10 +148,12 @@ class SentenceEncoder:
         )
 
 
-def _compute(
-    run: Run, settings: EmbeddingsSettings, storage: Storage, catalog: Manifest, weights: str | None
-) -> Computed:
-    encoder = fingerprint({**settings.fingerprint(), **({"weights": weights} if weights else {})})
+def _compute(run: Run, whole: Settings, storage: Storage, catalog: Manifest, weights: str | None) -> Computed:
+    settings = whole.embeddings
+    source = {"weights": weights} if weights else {}
+    if settings.encoder == "catalog":
+        source["vector"] = str(whole.catalog.vector)  # another column is another space
+    encoder = fingerprint({**settings.fingerprint(), **source})
     entries = map_shards(
         run,
         _EmbedShard,

@@ -135,9 +135,10 @@ def timestamp_unit(schema: pa.Schema, settings: EventsSettings) -> str:
         return str(found.unit)
     if pa.types.is_date(found):
         return "ms"
-    if not pa.types.is_integer(found):
+    if not pa.types.is_integer(found) or found == pa.uint64():
         raise DataError(
-            f"column {settings.timestamp!r} of {settings.uri} is {found}; events.timestamp must be a timestamp, a date or an integer"
+            f"column {settings.timestamp!r} of {settings.uri} is {found}; events.timestamp must be a timestamp, a date or an "
+            "integer that int64 can hold"
         )
     if settings.timestamp_unit is None:
         raise DataError(
@@ -237,7 +238,7 @@ def _judge(counts: dict[str, Any], unit: str, settings: EventsSettings) -> None:
         raise DataError(
             f"{counts['unknown']:,} of {complete:,} events of {where} name items that are not in the catalog, for example "
             f"{', '.join(counts['unknown_examples'])}; at most {settings.max_unknown_share:.1%} may "
-            "(events.max_unknown_share). Is the catalog complete, and of the same day?"
+            "(events.max_unknown_share). Is the catalog complete, and of the same day? Items that were removed from it count too"
         )
     if unit in _TICKS_PER_SECOND and complete:
         first, last = (counts[end] / _TICKS_PER_SECOND[unit] for end in ("first", "last"))

@@ -160,6 +160,7 @@ def evaluate_ranker(
         kind="evaluation",
         inputs=inputs,
         sections={**contender.sections, "evaluation": settings.evaluation},
+        draws=True,
         source={"ranking": dict(contender.ranking), "holdout": contender.holdout},
         compute=lambda run: _compute(run, settings, contender, inputs),
     )

@@ -48,6 +48,7 @@ def run(
         "recommendations",
         inputs=inputs,
         sections=_sections(settings),
+        draws=settings.decoding.sample,
         source={"date": settings.date},
         compute=lambda run: _compute(run, settings, storage, scoring, inputs),
     )

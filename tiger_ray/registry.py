@@ -212,8 +212,9 @@ class _Night:
             batch_format="pyarrow",
         )
         # One row per shard that means nothing, so that a shard without any repeated prefix is written too.
-        nothing = np.full(len(shards), -1)
-        everyone = ray.data.from_arrow(_numbers(np.arange(len(shards)), nothing, nothing))
+        filled = np.array([place for place, shard in enumerate(shards) if shard.entry.rows])
+        nothing = np.full(len(filled), -1)
+        everyone = ray.data.from_arrow(_numbers(filled, nothing, nothing))
         return write_partitions(
             numbered.union(everyone),
             _WriteSegment(self, shards, number),
@@ -222,11 +223,10 @@ class _Night:
 
     def _publishable(self, link: Manifest) -> Computed:
         """Everything the night publishes, once its items are in the chain."""
-        segments = _segments(link)
-        bits = map_numbers(len(segments), _Eligible(self, link))
+        bits = map_numbers(len(self.catalog.files), _Eligible(self, link))
         write = ray.remote(_write_eligible)
         with plain_errors():
-            entry, eligible = ray.get(write.remote(self.run, segments, bits))
+            entry, eligible = ray.get(write.remote(self.run, _segments(link), bits))
         ours = link.run_id == self.run.run_id
         new_items = link.metadata["new_items"] if ours else 0
         share = link.metadata["disambiguated_share"]
@@ -279,11 +279,15 @@ class _EncodeNewItems:
         name = f"new-{self.segment:05d}-{shard.name}"
         if name in self.finished:
             return self.finished[name]
-        table = storage.read_table(night.embeddings, shard, columns=["item_id", "embedding"])
+        item_id = storage.read_table(night.embeddings, shard, columns=["item_id"]).column("item_id")
+        is_new = pa.chunked_array([pa.repeat(True, len(item_id))])
         if self.head is not None:
-            for old in _overlapping(self.head, shard_number(shard), night.num_shards):
-                known = storage.read_table(self.head, old, columns=["item_id"]).column("item_id")
-                table = table.filter(pc.invert(pc.is_in(table.column("item_id"), value_set=known)))
+            old = _overlapping(self.head, shard_number(shard), night.num_shards)
+            is_new = pc.invert(pc.is_in(item_id, value_set=_item_ids(storage, self.head, old, item_id.type)))
+        if not pc.any(is_new).as_py():  # most nights, of most shards: and embeddings are large
+            nothing = {"item_id": pa.array([], item_id.type), "prefix": pa.array([], pa.int64())}
+            return night.run.write_table(name, pa.table(nothing))
+        table = storage.read_table(night.embeddings, shard, columns=["item_id", "embedding"]).filter(is_new)
         table = table.take(pa.array(semantic_ids.registration_order(table.column("item_id"))))
         item_id = table.column("item_id").combine_chunks()
         quantizer = load_quantizer(storage, night.quantizer)
@@ -376,28 +380,33 @@ class _WriteSegment:
 
 @dataclass(frozen=True)
 class _Eligible:
-    """Which items of one file of the registry are in tonight's catalog, and available: one bit each."""
+    """Which registered items are in one shard of tonight's catalog, and available: by file of the registry that may
+    hold some of them, one bit for each of its items."""
 
     night: _Night
     link: Manifest
 
-    def __call__(self, place: int) -> npt.NDArray[np.uint8]:
-        night, entry = self.night, _segments(self.link)[place]
-        item_id = night.storage.read_table(self.link, entry, columns=["item_id"]).column("item_id")
-        eligible = np.zeros(len(item_id), bool)
-        for shard in night.catalog.files:
-            if _overlap(shard_number(shard), night.num_shards, entry):
-                items = night.storage.read_table(night.catalog, shard, columns=["item_id", "available"])
-                items = items.filter(pc.field("available"))
-                found = pc.is_in(item_id, value_set=items.column("item_id").cast(item_id.type))
-                eligible |= found.to_numpy()
-        return np.packbits(eligible)
+    def __call__(self, number: int) -> dict[str, npt.NDArray[np.uint8]]:
+        night, shard = self.night, self.night.catalog.files[number]
+        items = night.storage.read_table(night.catalog, shard, columns=["item_id", "available"])
+        available = items.filter(pc.field("available")).column("item_id")
+        entries = _overlapping(self.link, shard_number(shard), night.num_shards)
+        # all files at once: a night appends one, and each search would hash the whole shard
+        item_id = _item_ids(night.storage, self.link, entries, available.type)
+        found = pc.is_in(item_id, value_set=available).to_numpy()
+        ends = np.cumsum([entry.rows for entry in entries])[:-1]
+        return {
+            entry.name: np.packbits(part) for entry, part in zip(entries, np.split(found, ends), strict=True)
+        }
 
 
 def _write_eligible(run: Run, segments: list[FileEntry], refs: list[ray.ObjectRef]) -> tuple[FileEntry, int]:
-    bits = zip(ray.get(refs), segments, strict=True)
+    bits = {entry.name: np.zeros(-(-entry.rows // 8), np.uint8) for entry in segments}
+    for ref in refs:
+        for name, packed in ray.get(ref).items():
+            bits[name] |= packed
     eligible = np.concatenate(
-        [np.unpackbits(packed, count=entry.rows).astype(bool) for packed, entry in bits]
+        [np.unpackbits(bits[entry.name], count=entry.rows).astype(bool) for entry in segments]
     )
     return run.write_table("eligible.parquet", pa.table({"eligible": eligible})), int(eligible.sum())
 
@@ -525,6 +534,15 @@ def _overlap(shard: int, num_shards: int, entry: FileEntry) -> bool:
     """May the shard and a file of the registry, maybe written with other shards, hold the same item?"""
     first, shards = entry.facts["shard"], entry.facts["shards"]
     return shard * shards < (first + 1) * num_shards and first * num_shards < (shard + 1) * shards
+
+
+def _item_ids(
+    storage: Storage, link: Manifest, entries: list[FileEntry], item_id_type: pa.DataType
+) -> pa.ChunkedArray:
+    """Item ids of some files of the registry, one behind the other."""
+    columns = (storage.read_table(link, entry, columns=["item_id"]).column("item_id") for entry in entries)
+    chunks = [chunk for column in columns for chunk in column.cast(item_id_type).chunks]
+    return pa.chunked_array(chunks, item_id_type)
 
 
 def _memory_mapped(tables: Iterable[pa.Table]) -> pa.Table:

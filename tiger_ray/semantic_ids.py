@@ -108,9 +108,17 @@ class SemanticIds:
         Args:
             item_index: any length, integer, 0 to N - 1.
         """
-        return pa.concat_arrays(
-            self.item_id.take(pa.array(item_index)).chunks or [pa.array([], self.item_id.type)]
-        )
+        chunks = self.item_id.chunks
+        # chunk by chunk: `ChunkedArray.take` would copy all ids into one first
+        end_C = np.cumsum([len(chunk) for chunk in chunks])
+        chunk_N = np.searchsorted(end_C, item_index, side="right")
+        order_N = np.argsort(chunk_N, kind="stable")
+        count_C = np.bincount(chunk_N, minlength=len(chunks))
+        found = [pa.array([], self.item_id.type)]
+        for chunk, end, rows in zip(chunks, end_C, np.split(order_N, np.cumsum(count_C)[:-1]), strict=True):
+            if len(rows):
+                found.append(chunk.take(pa.array(item_index[rows] - (end - len(chunk)))))
+        return pa.concat_arrays(found).take(pa.array(np.argsort(order_N, kind="stable")))
 
     @property
     def eligible_N(self) -> npt.NDArray[np.bool_]:

@@ -29,8 +29,8 @@ from tiger_ray.stage import Computed, StageResult, run_stage
 from tiger_ray.storage import FileEntry, Manifest, Run, Storage
 from tiger_ray.stores import InputFile, require_unchanged
 
-NUM_POPULAR = 1000
-"""Most popular items kept for fallback lists and as the baseline."""
+NUM_POPULAR = 100_000
+"""Most popular items kept for fallback lists and as the baseline: so many that some of them can be had tonight."""
 
 
 def run(settings: Settings, storage: Storage, events: Manifest, semantic_ids: Manifest) -> StageResult:
@@ -45,6 +45,7 @@ def run(settings: Settings, storage: Storage, events: Manifest, semantic_ids: Ma
         "sequences",
         inputs={"events": events, "semantic_ids": registry_of(semantic_ids)},
         sections={"events": settings.events, "sequences": settings.sequences},
+        draws=settings.events.ties == "shuffled",
         compute=lambda run: _compute(run, settings, storage, events, semantic_ids),
     )
 

@@ -112,7 +112,7 @@ class QueryReader:
         """The query in a JSON body.
 
         Raises:
-            Refused: says which field is wrong, and never repeats what was sent.
+            Refused: says which field is wrong, and repeats nothing of what was sent but the name of a field.
         """
         try:
             return Query(**dict(self._body.model_validate_json(body)))
@@ -142,6 +142,7 @@ class Recommender:
         self._needs_user = needs_user(settings, self._scorer.vocabulary)
         # a hash table that is built once; `SemanticIds.lookup` would build one for every batch
         self._items = pd.Index(self._scorer.ids.item_id.to_pandas())
+        self._items.get_indexer(self._items[:1])  # here, or the first requests would wait for it
         self._user_id_type = pa.type_for_alias(sequences.metadata["user_id_type"])
         self._popular = self._scorer.most_popular(self._max_k)
         self.check()
@@ -160,7 +161,7 @@ class Recommender:
             raise ArtifactError(f"the model recommends nothing after item_index {item[0]} ({self.versions})")
 
     def answer(self, queries: Sequence[Query]) -> list[dict[str, Any]]:
-        """One answer per query, ready for JSON; a query's answer does not depend on the others'."""
+        """One answer per query, ready for JSON; in fp32 it does not depend on the others of the batch."""
         item_index = self._items.get_indexer(
             pd.Index([item for query in queries for item in query.history], dtype=self._items.dtype)
         )

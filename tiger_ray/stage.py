@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 FORMAT_VERSIONS = {
     "catalog": 2,
     "events": 1,
-    "embeddings": 2,
+    "embeddings": 3,
     "quantizer": 2,
     "semantic_ids": 2,
     "sequences": 3,
@@ -74,6 +74,7 @@ def run_stage(
     compute: Callable[[Run], Computed],
     source: Mapping[str, Any] | None = None,
     kind: str | None = None,
+    draws: bool = False,
 ) -> StageResult:
     """Publish `artifact` for `settings.date`, computing it only if no complete run has its fingerprint.
 
@@ -86,6 +87,7 @@ def run_stage(
         compute: writes files into the run it is given; called at most once.
         source: what else decides the result, for example the pinned input files.
         kind: key of `FORMAT_VERSIONS`; None: the name of the artifact.
+        draws: does the result follow from `seed` too?
 
     Raises:
         PublishError: the date holds this artifact made from other inputs or settings.
@@ -96,7 +98,7 @@ def run_stage(
         {
             "artifact": artifact,
             "format_version": FORMAT_VERSIONS[kind or artifact],
-            "seed": settings.seed,
+            "seed": settings.seed if draws else None,
             "settings": {name: section.fingerprint() for name, section in sections.items()},
             "inputs": digests,
             "source": dict(source or {}),

@@ -70,6 +70,7 @@ def run(settings: Settings, storage: Storage, sequences: Manifest, semantic_ids:
         "model",
         inputs=inputs,
         sections={"model": settings.model, "training": settings.training},
+        draws=True,
         compute=lambda run: _compute(run, settings, storage, inputs, semantic_ids),
     )
 

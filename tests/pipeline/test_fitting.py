@@ -111,7 +111,7 @@ class Lazy(Sequence[np.ndarray]):
     """Blocks made when asked for, that count how many of them exist at once."""
 
     def __init__(self, blocks: list[np.ndarray]) -> None:
-        self._blocks, self.alive, self.most = blocks, 0, 0
+        self._blocks, self.alive, self.most, self.reads = blocks, 0, 0, 0
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -121,6 +121,7 @@ class Lazy(Sequence[np.ndarray]):
             raise IndexError
         block = self._blocks[number].copy()
         self.alive += 1
+        self.reads += 1
         self.most = max(self.most, self.alive)
         weakref.finalize(block, self._gone)
         return block
@@ -133,6 +134,8 @@ class Lazy(Sequence[np.ndarray]):
 def test_a_share_may_be_larger_than_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tiger_ray.quantizers.points.WINDOW_ROWS", 300)
     blocks = Lazy(np.array_split(embeddings(), 15))
-    streamed = quantizers.fit(CASES[name], blocks, seed=0)
+    nothing_kept = CASES[name].model_copy(update={"memory_mb_per_worker": 0})
+    streamed = quantizers.fit(nothing_kept, blocks, seed=0)
+    assert blocks.reads > 3 * 15, "none is kept, so each pass reads all of them again"
     assert blocks.most <= 3, "of 15"
     assert len(np.unique(streamed.encode(embeddings()), axis=0)) > 100

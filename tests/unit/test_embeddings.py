@@ -1,15 +1,17 @@
 """Embeddings that no quantizer can use are refused, and what is kept from last night is what it was made by."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from tiger_ray import schemas
-from tiger_ray.config import EmbeddingsSettings
+from tiger_ray import embeddings, schemas
+from tiger_ray.config import EmbeddingsSettings, Settings
 from tiger_ray.embeddings import _EmbedShard, _folder_digest, random_directions, refuse_bad_rows
 from tiger_ray.errors import DataError
 from tiger_ray.hashing import stable_hash
-from tiger_ray.storage import Storage
+from tiger_ray.storage import FileEntry, Storage
 
 
 def test_vectors_that_tell_nothing_are_refused_by_item():
@@ -22,6 +24,28 @@ def test_vectors_that_tell_nothing_are_refused_by_item():
     with pytest.raises(DataError, match=r"1 embeddings are not finite, those of items a among them"):
         refuse_bad_rows(np.array([[np.nan, 2], [0, 1]], np.float32), items[:2], "catalog")
     refuse_bad_rows(useless_ND[:1], items[:1], "hashing")
+
+
+@pytest.mark.parametrize(("encoder", "differ"), [("catalog", True), ("hashing", False)])
+def test_vectors_of_another_column_are_another_space(encoder, differ, monkeypatch):
+    """Of one width they would pass for the same, and the old codebooks would be used for them."""
+    entry = FileEntry(path="shard", rows=1, bytes=1, sha256="0" * 64, facts={"dim": 8, "encoded": 0})
+    monkeypatch.setattr(embeddings, "map_shards", lambda *_, **__: [entry])
+    catalog, storage = SimpleNamespace(files=[entry]), Storage("/nowhere")
+    monkeypatch.setattr(embeddings, "_previous", lambda *_: None)
+
+    def encoder_of(vector):
+        settings = Settings(
+            date="2026-11-23",
+            storage={"root": "/nowhere"},
+            catalog={"uri": "/c", "vector": vector},
+            events={"uri": "/e"},
+            embeddings={"encoder": encoder},
+        )
+        return embeddings._compute(None, settings, storage, catalog, None)[1]["encoder"]
+
+    assert encoder_of("picture") == encoder_of("picture")
+    assert (encoder_of("picture") != encoder_of("text")) == differ
 
 
 def test_items_without_text_lie_in_directions_of_their_own():

@@ -158,7 +158,7 @@ def test_an_integer_without_a_declared_unit_is_refused():
         timestamp_unit(pa.schema([("timestamp", pa.int64())]), events_settings())
 
 
-@pytest.mark.parametrize("type", [pa.float64(), pa.string(), pa.time32("s"), pa.null()], ids=str)
+@pytest.mark.parametrize("type", [pa.float64(), pa.string(), pa.uint64(), pa.time32("s"), pa.null()], ids=str)
 def test_a_timestamp_of_any_other_type_is_refused(type):
     with pytest.raises(
         DataError,

@@ -1,5 +1,6 @@
 """Semantic IDs are unique, never change, and do not depend on the order items arrive in."""
 
+import itertools
 import random
 import unicodedata
 from collections import Counter
@@ -140,6 +141,17 @@ def test_item_ids_come_back_byte_for_byte_with_their_type(item_id):
     item_index = registry.lookup(item_id)
     assert sorted(item_index.tolist()) == list(range(len(item_id)))
     assert registry.item_ids(item_index).equals(item_id)
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=8), st.data())
+def test_item_ids_are_found_in_whichever_chunk_they_lie(sizes, data):
+    names = [f"item {number}" for number in range(sum(sizes))]
+    starts = np.cumsum([0, *sizes])
+    chunks = [names[first:end] for first, end in itertools.pairwise(starts)]
+    codes_NI = np.zeros((len(names), 2), np.int16)
+    ids = SemanticIds(pa.chunked_array(chunks, pa.string()), codes_NI, (1, 5), pa.array([True] * len(names)))
+    wanted = data.draw(st.lists(st.integers(0, len(names) - 1), max_size=12) if names else st.just([]))
+    assert ids.item_ids(np.array(wanted, np.int64)).to_pylist() == [names[place] for place in wanted]
 
 
 def test_an_empty_night_adds_an_empty_segment_of_the_same_types():

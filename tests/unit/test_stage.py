@@ -22,7 +22,9 @@ class Night:
     computed: list[str] = field(default_factory=list)
     connected: int = 0
 
-    def run(self, date=MONDAY, value=1, *, source=None, seed=0, inputs=None, fail=False, **changed):
+    def run(
+        self, date=MONDAY, value=1, *, source=None, seed=0, draws=True, inputs=None, fail=False, **changed
+    ):
         settings = Settings(
             date=date,
             seed=seed,
@@ -47,6 +49,7 @@ class Night:
             sections={"sequences": settings.sequences},
             compute=compute,
             source=source,
+            draws=draws,
         )
 
 
@@ -89,6 +92,13 @@ def test_another_night_with_the_same_inputs_reuses_the_files(night):
     assert tuesday.manifest.files == monday.manifest.files
     assert (tuesday.manifest.date, night.storage.resolve("sequences").date) == (TUESDAY, TUESDAY)
     assert len(night.computed) == night.connected == 1
+
+
+def test_another_seed_is_another_night_only_where_something_is_drawn(night):
+    night.run(MONDAY, draws=False)
+    assert night.run(MONDAY, draws=False, seed=1).status == "skipped"
+    assert night.run(TUESDAY, draws=False, seed=1).status == "reused"
+    assert night.run(TUESDAY, draws=True, seed=1, replace=True).status == "computed"
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,7 @@ def train_sasrec(
         kind="model",
         inputs=inputs,
         sections={"sasrec": settings.sasrec, "training": settings.training},
+        draws=True,
         compute=compute,
     )
 
