@@ -29,7 +29,9 @@ def test_vectors_that_tell_nothing_are_refused_by_item():
 @pytest.mark.parametrize(("encoder", "differ"), [("catalog", True), ("hashing", False)])
 def test_vectors_of_another_column_are_another_space(encoder, differ, monkeypatch):
     """Of one width they would pass for the same, and the old codebooks would be used for them."""
-    entry = FileEntry(path="shard", rows=1, bytes=1, sha256="0" * 64, facts={"dim": 8, "encoded": 0})
+    entry = FileEntry(
+        path=f"_runs/{32 * '0'}/shard", rows=1, bytes=1, sha256="0" * 64, facts={"dim": 8, "encoded": 0}
+    )
     monkeypatch.setattr(embeddings, "map_shards", lambda *_, **__: [entry])
     catalog, storage = SimpleNamespace(files=[entry]), Storage("/nowhere")
     monkeypatch.setattr(embeddings, "_previous", lambda *_: None)
