@@ -99,14 +99,13 @@ class InferenceModel:
             history_BT: token ids, (B, T) int64, PAD after the end.
         """
         num_users, length = history_BT.shape
-        bias_HTT = self._encoder_bias_HTT[:, :length, :length]
-        bias_BHTT = bias_HTT.expand(num_users, -1, -1, -1)
+        bias_BHTT = self._encoder_bias_HTT[:, :length, :length].expand(num_users, -1, -1, -1)
         mask_B11T = None
         padding_BT = history_BT == PAD
         if padding_BT.device.type != "cpu" or padding_BT.any():  # asking a GPU would wait for it
             mask_B11T = (padding_BT * MASKED).to(self.dtype)[:, None, None, :]
             bias_BHTT = bias_BHTT + mask_B11T
-        bias = bias_BHTT.reshape(-1, length, length)
+        bias_BHTT = bias_BHTT.contiguous()
         hidden_BTD = F.embedding(history_BT, self._embedding_VD)
         for number, layer in enumerate(self._encoder):
             if number == 0:
@@ -114,16 +113,10 @@ class InferenceModel:
             else:
                 projected = layer.project(self._norm(hidden_BTD))
             query, key, value = self._by_head(projected, 3)
-            share = softmax(torch.baddbmm(bias, query, key.transpose(1, 2)))
-            hidden_BTD += layer.out(self._by_token(share @ value, num_users))
+            hidden_BTD += layer.out(attend(query, key, value, bias_BHTT))
             hidden_BTD += layer.feed_forward_out(layer.feed_forward(self._norm(hidden_BTD)))
         normed_BTD = self._norm(hidden_BTD)
-        memory = list[tuple[Tensor, Tensor]]()
-        for cross in self._cross:
-            key, value = self._by_head(cross.project(normed_BTD), 2)
-            memory.append((key.transpose(1, 2), value))
-        if mask_B11T is not None:
-            mask_B11T = mask_B11T.expand(-1, self._num_heads, -1, -1).reshape(-1, 1, length)
+        memory = [self._by_head(cross.project(normed_BTD), 2) for cross in self._cross]
         return DecoderState(memory, mask_B11T, [[] for _ in self._decoder])
 
     def next_log_probs(self, token_BW: Tensor, state: DecoderState) -> Tensor:
@@ -145,7 +138,9 @@ class InferenceModel:
             read_BWA = self._read_written(projected, state.written[number])
             hidden_BWD += layer.out(read_BWA)
             query_BWA = cross.query(self._norm(hidden_BWD))
-            hidden_BWD += cross.out(self._read_memory(query_BWA, *state.memory[number], state.mask))
+            (query,) = self._by_head(query_BWA, 1)
+            key, value = state.memory[number]
+            hidden_BWD += cross.out(attend(query, key, value, state.mask))
             hidden_BWD += layer.feed_forward_out(layer.feed_forward(self._norm(hidden_BWD)))
         logits, codewords = self._output[state.level]
         state.level += 1
@@ -175,27 +170,14 @@ class InferenceModel:
             read_BWA = read_BWA.addcmul_(share_SBWA[level], written[level][..., width:])
         return read_BWA
 
-    def _read_memory(self, query_BWA: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """What each beam reads from the history, (B, W, A)."""
-        num_users = len(query_BWA)
-        (query,) = self._by_head(query_BWA, 1)
-        score = (
-            query @ key if mask is None else torch.baddbmm(mask.expand(-1, query.shape[1], -1), query, key)
-        )
-        return self._by_token(softmax(score) @ value, num_users)
-
     def _norm(self, hidden: Tensor) -> Tensor:
         return rms_norm(hidden).to(self.dtype)
 
     def _by_head(self, projected_BTA: Tensor, count: int) -> tuple[Tensor, ...]:
-        """`count` projections side by side to one of (B x H, T, K) each."""
-        num_users, length = projected_BTA.shape[:2]
-        split = projected_BTA.view(num_users, length, count, self._num_heads, self._d_kv)
-        return split.permute(2, 0, 3, 1, 4).reshape(count, -1, length, self._d_kv).unbind()
-
-    def _by_token(self, read: Tensor, num_users: int) -> Tensor:
-        """(B x H, T, K) to (B, T, A)."""
-        return read.view(num_users, self._num_heads, *read.shape[1:]).transpose(1, 2).flatten(2)
+        """`count` projections side by side to one of (B, H, T, K) each, laid out as `attend` reads them best."""
+        split = projected_BTA.view(*projected_BTA.shape[:2], count, self._num_heads, self._d_kv)
+        split = split.permute(2, 0, 3, 1, 4)
+        return (split if reads_in_place(split) else split.contiguous()).unbind()
 
     def _linear(self, norm: Norm | None, *weights: Tensor, relu: bool = False) -> Linear:
         return linear(self._scaled(norm, *weights).to(self.dtype), relu=relu)
@@ -248,10 +230,10 @@ class CrossLayer(NamedTuple):
 class DecoderState:
     """What the decoder remembers between levels: one memory per user, one past per beam."""
 
-    memory: list[tuple[Tensor, Tensor]]
-    """Per layer: keys and values of the history, (B x H, K, T) and (B x H, T, K)."""
+    memory: list[tuple[Tensor, ...]]
+    """Per layer: keys and values of the history, (B, H, T, K) each."""
     mask: Tensor | None
-    """Added to the scores of the history, (B x H, 1, T); None: nothing is padding."""
+    """Added to the scores of the history, (B, 1, 1, T); None: nothing is padding."""
     written: list[list[Tensor]]
     """Per layer and level: keys beside values of the codeword, (B, W, 2A); one beam at the first level."""
     level: int = 0
@@ -285,6 +267,38 @@ def output_layers(weight_VD: Tensor, model: TigerModel) -> list[tuple[Linear, sl
 def rms_norm(hidden: Tensor) -> Tensor:
     """Hidden states of unit root mean square; the norm's scale is in the weights behind it."""
     return F.rms_norm(hidden, hidden.shape[-1:], eps=EPSILON)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """What each query reads, unscaled.
+
+    Args:
+        query: (B, H, W, K) float.
+        key: (B, H, T, K) float.
+        value: (B, H, T, K) float.
+        bias: added to the scores, (B, 1 or H, 1 or W, T) float, or None.
+
+    Returns:
+        (B, W, A) float.
+    """
+    num_users, num_heads, num_queries, _ = query.shape
+    if reads_in_place(query):
+        read = F.scaled_dot_product_attention(query, key, value, bias, scale=1.0)
+    else:
+        score = query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)
+        if bias is None:
+            share = softmax(torch.bmm(*score))
+        else:
+            bias = bias.expand(-1, num_heads, -1, -1).flatten(0, 1).expand(-1, num_queries, -1)
+            share = softmax(torch.baddbmm(bias, *score))
+        read = (share @ value.flatten(0, 1)).view(num_users, num_heads, num_queries, -1)
+    return read.transpose(1, 2).flatten(2)
+
+
+def reads_in_place(tensor: Tensor) -> bool:
+    """Does torch's own attention compute it, from wherever the heads lie? In fp32 on a CPU it takes half the time of
+    copies and products; those in bf16 are oneDNN's."""
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
 
 
 def softmax(score: Tensor) -> Tensor:
