@@ -33,14 +33,7 @@ def connect(settings: RaySettings) -> None:
             os.environ.setdefault(IDLE_VARIABLE, str(IDLE_MS))
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
-            # A local one ends with the job, before anyone looks at its dashboard, which takes a twentieth of two cores.
-            dashboard = False if address == "local" else None
-            ray.init(
-                address=address,
-                num_cpus=num_cpus,
-                logging_level=logging.WARNING,
-                include_dashboard=dashboard,
-            )
+            ray.init(address=address, num_cpus=num_cpus, logging_level=logging.WARNING)
         except ConnectionError as error:
             where = settings.address or os.environ.get("RAY_ADDRESS", address)
             raise TigerError(
