@@ -438,8 +438,9 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # names and numbers of malloc.h
         mallopt(trim_threshold, -1)  # never: what a training step frees in the end may be gigabytes
-        # older versions of glibc refuse more than 32 MiB, and would then map and unmap whatever exceeds 128 KiB
-        _ = mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)
+        if not mallopt(mmap_threshold, 2**30):
+            # older versions of glibc refuse more, and would then map and unmap whatever exceeds 128 KiB
+            mallopt(mmap_threshold, 2**25)
         mallopt(arena_max, 1)
 
 

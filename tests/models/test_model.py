@@ -101,6 +101,11 @@ def test_dropout_drops_its_share_and_keeps_the_mean_and_the_seed(dtype):
     assert torch.equal(dropout.eval()(ones), ones)
 
 
+def test_dropout_of_nearly_everything_leaves_nearly_nothing():
+    """Its bound is a 16-bit number, which would come around to all of them."""
+    assert kept(torch.Size([1000]), 0.9999999).sum() < 5
+
+
 def test_dropout_passes_gradients_where_it_passed_values():
     value = torch.randn(64, 64, requires_grad=True)
     dropped = Dropout(0.5)(value)

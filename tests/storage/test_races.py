@@ -253,7 +253,12 @@ def test_of_rivals_for_one_date_exactly_one_night_publishes_and_the_others_are_t
 ) -> None:
     memory = Memory()
     Schedule(memory, data.draw, ("none",)).run(jobs)
-    only_winner(memory, jobs)
+    winner = only_winner(memory, jobs)
+    told = [job for job in jobs if isinstance(job.outcome, PublishError)]
+    published = [job for job in jobs if job.outcome == winner]
+    assert published
+    assert {NIGHTS[job.night] for job in published} == {winner.fingerprint}
+    assert len(told) + len(published) == len(jobs)
 
 
 @given(jobs=jobs_for_one_date, data=st.data())

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from tiger_ray.config import Section, Settings, load_settings, setting_names
+from tiger_ray.config import DecodingSettings, Section, Settings, load_settings, setting_names
 from tiger_ray.errors import SettingsError
 
 REPO = Path(__file__).parents[2]
@@ -301,3 +301,9 @@ def test_a_fingerprint_changes_with_what_is_computed_and_not_with_how(night):
 def test_the_resolved_settings_give_the_same_settings_again(night):
     settings = night("evaluation: {ks: [3]}\n", "--seed", "5")
     assert Settings(**settings.resolved()) == settings
+
+
+@pytest.mark.parametrize("temperature", [1e-39, 0.0, 1e9, float("nan")])
+def test_a_temperature_that_would_leave_no_numbers_is_refused(temperature):
+    with pytest.raises(ValidationError, match="temperature"):
+        DecodingSettings(temperature=temperature)
