@@ -87,10 +87,6 @@ class InferenceModel:
             # in fp32: rounded to bf16 they would exchange one recommendation in forty
             weight_VD = self._scaled(model.decoder.final_layer_norm, model.lm_head.weight * scale)
             self._output = output_layers(weight_VD, model)
-            # sums over the width of each head, and back, as matrix products
-            head_HH = torch.eye(self._num_heads, device=self.device, dtype=dtype)
-            self._head_AH = head_HH.repeat_interleave(self._d_kv, dim=0)
-            self._head_HA = self._head_AH.t().contiguous()
 
     def start(self, history_BT: Tensor) -> DecoderState:
         """Encode histories and get ready to decode.
@@ -144,11 +140,7 @@ class InferenceModel:
             hidden_BWD += layer.feed_forward_out(layer.feed_forward(self._norm(hidden_BWD)))
         logits, codewords = self._output[state.level]
         state.level += 1
-        logits_BWV = logits(rms_norm(hidden_BWD))
-        # as logsumexp, which would take a second matrix of that size
-        highest_BW1 = logits_BWV.amax(-1, keepdim=True)
-        logits_BWC = logits_BWV[..., codewords] - highest_BW1
-        return logits_BWC - logits_BWV.sub_(highest_BW1).exp_().sum(-1, keepdim=True).log()
+        return logits(rms_norm(hidden_BWD)).log_softmax(-1)[..., codewords]
 
     def _read_written(self, projected_BW3A: Tensor, written: list[Tensor]) -> Tensor:
         """What each beam reads from its own codewords, (B, W, A); adds the last one to `written`."""
@@ -158,26 +150,28 @@ class InferenceModel:
         num_levels = len(written)
         if num_levels == 1:
             return last_BW2A[..., width:]
+        query_BWHK = self._heads(query_BWA, 1)[:, :, 0]
+        keys, values = zip(*(self._heads(pair_BW2A, 2).unbind(2) for pair_BW2A in written), strict=True)
         # a batch of tiny products, one for each beam and head, takes twice as long as this
-        product_SBWA = query_BWA.new_empty(num_levels, *query_BWA.shape)
-        for level, pair in enumerate(written):
-            torch.mul(query_BWA, pair[..., :width], out=product_SBWA[level])
-        score_SBWH = product_SBWA @ self._head_AH
+        score_SBWH = torch.stack([(query_BWHK * key_BWHK).sum(-1) for key_BWHK in keys])
         score_SBWH += self._decoder_bias_IIH[num_levels - 1, :num_levels, None, None]
-        share_SBWA = score_SBWH.softmax(0) @ self._head_HA
-        read_BWA = share_SBWA[0].mul_(written[0][..., width:])
-        for level in range(1, num_levels):
-            read_BWA = read_BWA.addcmul_(share_SBWA[level], written[level][..., width:])
-        return read_BWA
+        share_SBWH1 = score_SBWH.softmax(0)[..., None]
+        read_BWHK = share_SBWH1[0] * values[0]
+        for share_BWH1, value_BWHK in zip(share_SBWH1[1:], values[1:], strict=True):
+            read_BWHK.addcmul_(share_BWH1, value_BWHK)
+        return read_BWHK.flatten(2)
 
     def _norm(self, hidden: Tensor) -> Tensor:
         return rms_norm(hidden).to(self.dtype)
 
     def _by_head(self, projected_BTA: Tensor, count: int) -> tuple[Tensor, ...]:
         """`count` projections side by side to one of (B, H, T, K) each, laid out as `attend` reads them best."""
-        split = projected_BTA.view(*projected_BTA.shape[:2], count, self._num_heads, self._d_kv)
-        split = split.permute(2, 0, 3, 1, 4)
+        split = self._heads(projected_BTA, count).permute(2, 0, 3, 1, 4)
         return (split if reads_in_place(split) else split.contiguous()).unbind()
+
+    def _heads(self, projected_BTA: Tensor, count: int) -> Tensor:
+        """A view of `count` projections side by side, (B, T, count, H, K)."""
+        return projected_BTA.view(*projected_BTA.shape[:2], count, self._num_heads, self._d_kv)
 
     def _linear(self, norm: Norm | None, *weights: Tensor, relu: bool = False) -> Linear:
         return linear(self._scaled(norm, *weights).to(self.dtype), relu=relu)
