@@ -121,10 +121,14 @@ def _run_together(
                     logging.disable()
                     raise error  # Ray Train restarts after errors of workers, but not of callbacks
 
+    class Trainer(TorchTrainer):  # type: ignore[misc]
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Ctrl-C stays the job's: Ray's handler would swallow it, also in later stages, and end with exit code 0."""
+
     # Ray Train ends a run for good where its own storage refuses a write for a second, so it gets a folder of
     # the driver's, and what must last is written by `Run`.
     with tempfile.TemporaryDirectory(prefix="tiger-ray-") as folder:
-        trainer = TorchTrainer(
+        trainer = Trainer(
             partial(_together, work, settings.cpus_per_worker),
             train_loop_config=dict(arguments),
             scaling_config=ray.train.ScalingConfig(

@@ -3,6 +3,8 @@
 import os
 import secrets
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +73,62 @@ def test_an_error_of_ours_is_raised_as_itself_and_at_once(workers: Workers, num_
     with pytest.raises(DataError, match=r"^the log is empty$"):
         workers.run("ours", num_workers=num_workers)
     assert 1 <= workers.begun <= num_workers
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_ctrl_c_ends_the_job_while_workers_run_and_after_they_have(num_workers: int, tmp_path: Path) -> None:
+    interrupted = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED_JOB, str(num_workers), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+    )
+    out, err = interrupted.communicate(timeout=300)
+    assert out.splitlines()[-2:] == ["first interrupted", "second interrupted"], (out, err)
+    assert interrupted.returncode == 0
+
+
+INTERRUPTED_JOB = """
+import signal, sys, threading, time, os
+from pathlib import Path
+import ray
+from tiger_ray.config import RaySettings, TrainingSettings
+from tiger_ray.cluster import connect
+from tiger_ray.storage import Storage
+from tiger_ray.workers import run_workers
+
+num_workers, folder = int(sys.argv[1]), Path(sys.argv[2])
+
+def interrupt_when(is_time):
+    def wait():
+        while not is_time():
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=wait, daemon=True).start()
+
+def work(arguments, worker):
+    (folder / f"{arguments['name']}-{worker.rank}").touch()
+    time.sleep(arguments["seconds"])
+
+def run(name, seconds):
+    settings = TrainingSettings(num_workers=num_workers)
+    run_workers(
+        work, {"name": name, "folder": str(folder), "seconds": seconds},
+        run=Storage(str(folder / "root")).begin("model", name * 64), date="2026-11-25", settings=settings,
+    )
+
+connect(RaySettings(num_cpus=2))
+run("0", 0)
+interrupt_when(lambda: len(list(folder.glob("1-*"))) == num_workers)
+try:
+    run("1", 600)
+except KeyboardInterrupt:
+    print("first interrupted", flush=True)
+try:
+    interrupt_when(lambda: True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("second interrupted", flush=True)
+ray.shutdown()
+"""
