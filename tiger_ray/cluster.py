@@ -8,9 +8,17 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 
-from tiger_ray.config import RaySettings
-from tiger_ray.errors import TigerError
+from tiger_ray.config import (
+    DecodingSettings,
+    EmbeddingsSettings,
+    QuantizerSettings,
+    RaySettings,
+    Section,
+    TrainingSettings,
+)
+from tiger_ray.errors import SettingsError, TigerError
 
 IDLE_VARIABLE = "RAY_idle_worker_killing_time_threshold_ms"
 """Of Ray: how long a process without work is kept. By default a second, so that nearly every step of a night would
@@ -27,9 +35,9 @@ def connect(settings: RaySettings) -> None:
     import ray
 
     if not ray.is_initialized():
-        address = settings.address or (None if "RAY_ADDRESS" in os.environ else "local")
-        num_cpus = settings.num_cpus if address == "local" else None
-        if address == "local":
+        address, num_cpus = settings.address, None
+        if _is_local(settings):
+            address, num_cpus = "local", settings.num_cpus
             os.environ.setdefault(IDLE_VARIABLE, str(IDLE_MS))
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
@@ -64,3 +72,33 @@ def connect(settings: RaySettings) -> None:
     # These print a traceback, and take what is not wrapped for a bug in Ray; the exception itself says it all.
     for name in ("ray.data.exceptions", "ray.data._internal.execution.streaming_executor_state"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def require_room(ray_settings: RaySettings, sections: Mapping[str, Section]) -> None:
+    """Refuse workers for which a cluster that the job started itself, and that cannot grow, has no room.
+
+    Raises:
+        SettingsError: Ray would wait for them for ever.
+    """
+    import ray
+
+    if not _is_local(ray_settings):
+        return
+    whole = ray.cluster_resources()
+    for name, section in sections.items():
+        if isinstance(section, EmbeddingsSettings | QuantizerSettings | TrainingSettings | DecodingSettings):
+            # those of an actor pool may come one after the other, those that compute together may not
+            together = isinstance(section, QuantizerSettings | TrainingSettings)
+            count = section.num_workers if together else 1
+            kind, each = ("GPU", 1) if section.use_gpu else ("CPU", section.cpus_per_worker)
+            if count * each > whole.get(kind, 0):
+                raise SettingsError(
+                    f"{name}.{'use_gpu' if section.use_gpu else 'cpus_per_worker'} and {name}.num_workers ask for "
+                    f"{count * each:g} {kind} at once, and this machine's Ray has {whole.get(kind, 0):g}; lower them, "
+                    "or run the job on a cluster (ray job submit, ray.address)"
+                )
+
+
+def _is_local(settings: RaySettings) -> bool:
+    """Is the cluster the job's own?"""
+    return (settings.address or os.environ.get("RAY_ADDRESS", "local")) == "local"

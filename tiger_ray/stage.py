@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tiger_ray.cluster import connect
+from tiger_ray.cluster import connect, require_room
 from tiger_ray.config import Section, Settings
 from tiger_ray.errors import PublishError
 from tiger_ray.faults import crash_point
@@ -91,6 +91,7 @@ def run_stage(
 
     Raises:
         PublishError: the date holds this artifact made from other inputs or settings.
+        SettingsError: the local cluster has no room for the workers of a section.
     """
     started = time.monotonic()
     digests = {name: manifest.digest for name, manifest in inputs.items()}
@@ -128,6 +129,7 @@ def run_stage(
         return result(manifest, "reused")
     run = storage.begin(artifact, key)
     connect(settings.ray)
+    require_room(settings.ray, sections)
     log.info("%s: computing, run %s", artifact, run.run_id)
     files, metadata = compute(run)
     manifest = storage.publish(

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ import ray
 from worlds import MONDAY, published_dates, run_night, tiny_settings, write
 
 from tiger_ray import training
-from tiger_ray.cluster import connect
+from tiger_ray.cluster import connect, require_room
 from tiger_ray.config import RaySettings
-from tiger_ray.errors import DataError, StorageError
+from tiger_ray.errors import DataError, SettingsError, StorageError
 from tiger_ray.storage import Storage
 
 REPO = Path(__file__).parents[2]
@@ -294,6 +295,25 @@ def test_users_of_one_event_each_are_refused_before_a_worker_starts(bad_events, 
         until="model",
         published=["catalog", "events", "embeddings", "quantizer", "semantic_ids", "sequences"],
     )
+
+
+@pytest.mark.parametrize(
+    ("section", "wrong", "message"),
+    [
+        ("embeddings", {"use_gpu": True}, r"embeddings\.use_gpu .* ask for 1 GPU at once, .* has 0"),
+        ("training", {"num_workers": 3}, r"training\.num_workers ask for 3 CPU at once, .* has 2"),
+        ("quantizer", {"cpus_per_worker": 4}, r"quantizer\.cpus_per_worker .* ask for 4 CPU at once"),
+        ("decoding", {"num_workers": 3}, None),
+        ("embeddings", {"num_workers": 9, "cpus_per_worker": 2}, None),
+    ],
+)
+def test_more_workers_than_this_machine_can_ever_hold(night, section, wrong, message):
+    changed = getattr(night.settings, section).model_copy(update=wrong)
+    refused = pytest.raises(SettingsError, match=message) if message else nullcontext()
+    with refused:
+        require_room(night.settings.ray, {section: changed})
+    # a cluster may grow
+    require_room(night.settings.ray.model_copy(update={"address": "10.0.0.1:6379"}), {section: changed})
 
 
 def test_a_root_that_cannot_be_written(tmp_path):
