@@ -57,7 +57,7 @@ Moment = Annotated[datetime, BeforeValidator(_in_utc)]
 
 
 def operational(default: Any) -> Any:
-    """A setting that changes how fast a stage runs; what it writes stays the same, but for rounding."""
+    """A setting that leaves what a stage writes the same, but for rounding: how fast it runs, or when a night is stopped."""
     return Field(default, json_schema_extra={"operational": True})
 
 
@@ -104,7 +104,7 @@ class CatalogSettings(Section):
     """Parquet file or folder of items."""
     item_id: str = "item_id"
     """Column with the item's id: string or int64, never null, never twice."""
-    text: tuple[str, ...] = ("title",)
+    text: Annotated[tuple[str, ...], Field(min_length=1)] = ("title",)
     """Columns that make the item text, in this order; lists are joined with ` > `."""
     template: str | None = None
     """Item text as a format string over the columns of `text`, for example `{title}, by {brand}`;
@@ -415,7 +415,7 @@ class EvaluationSettings(Section):
 
     split: Literal["test", "validation"] = "test"
     """Which hidden event is the target: the one that `training.holdout` keeps for the test, or for validation."""
-    ks: tuple[Count, ...] = (5, 10)
+    ks: Annotated[tuple[Count, ...], Field(min_length=1)] = (5, 10)
     """Cut-offs of Recall@K and NDCG@K."""
     max_users: Count | None = None
     """Evaluate about so many users, chosen by a hash of the user; empty: everybody."""
@@ -425,9 +425,9 @@ class EvaluationSettings(Section):
     """Most recent events that a ranker is given; it may read fewer (`model.max_history`). Empty: all."""
     unseen_targets: Literal["keep", "drop"] = "keep"
     """Targets without an event that training saw: count them, as misses most of the time, or leave their users out."""
-    min_ratio_to_popularity: Annotated[float, Field(ge=0.0)] = 1.0
+    min_ratio_to_popularity: Annotated[float, Field(ge=0.0)] = operational(1.0)
     """Quality gate: NDCG at the largest K must be at least this many times popularity's."""
-    max_drop: Share = 0.2
+    max_drop: Share = operational(0.2)
     """Quality gate: share of the last published NDCG that a new night may lose."""
 
     @model_validator(mode="after")
@@ -535,7 +535,7 @@ class Settings(BaseSettings):
 
     date: str
     """The night, YYYY-MM-DD; it names what is published and is never read from a clock."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of everything random; the quantizer keeps the one that it was fitted with."""
     storage: StorageSettings
     ray: RaySettings = RaySettings()

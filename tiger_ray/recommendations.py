@@ -76,7 +76,7 @@ def require_quality(settings: Settings, storage: Storage, evaluated: Manifest) -
     Raises:
         QualityError: names both numbers and the settings that decide.
     """
-    name = f"ndcg@{max(settings.evaluation.ks)}"
+    name = f"ndcg@{max(evaluated.settings['evaluation']['ks'])}"  # what was measured, whatever is set by now
     ours, popular = evaluated.metadata["model"][name], evaluated.metadata["popularity"][name]
     floor = settings.evaluation.min_ratio_to_popularity * popular
     if ours < floor:

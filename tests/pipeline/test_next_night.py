@@ -152,6 +152,18 @@ def test_the_quality_gate_publishes_no_recommendations(night, night_root, world)
     assert ("evaluation", TUESDAY) in published_dates(storage)
     assert ("recommendations", TUESDAY) not in published_dates(storage)
     assert storage.resolve("recommendations").date == night.settings.date
+    # the gate is no part of what was measured: relaxed, it lets the same evaluation pass
+    evaluated = storage.published("evaluation", TUESDAY)
+    relaxed = tiny_settings(night_root, world.data, TUESDAY)
+    load_job("nightly").main(relaxed, storage)
+    assert storage.published("evaluation", TUESDAY) == evaluated
+    assert ("recommendations", TUESDAY) in published_dates(storage)
+
+
+def test_the_gate_holds_what_was_measured_whatever_k_is_set_by_now(night):
+    evaluation = night.settings.evaluation.model_copy(update={"ks": (5, 20)})
+    settings = night.settings.model_copy(update={"evaluation": evaluation})
+    require_quality(settings, night.storage, night["evaluation"])
 
 
 def test_a_night_much_worse_than_the_last_published_one_is_refused(night):

@@ -277,6 +277,7 @@ OPERATIONAL = {
     "semantic_ids": {"min_usage", "min_perplexity", "max_disambiguated_share"},
     "training": {"num_workers", "cpus_per_worker", "use_gpu", "max_failures", "log_every_steps"},
     "decoding": {"num_workers", "cpus_per_worker", "use_gpu"},
+    "evaluation": {"min_ratio_to_popularity", "max_drop"},
     "export": None,
     "serving": None,
 }
@@ -307,3 +308,16 @@ def test_the_resolved_settings_give_the_same_settings_again(night):
 def test_a_temperature_that_would_leave_no_numbers_is_refused(temperature):
     with pytest.raises(ValidationError, match="temperature"):
         DecodingSettings(temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    ("name", "required"),
+    [
+        ("evaluation.ks", REQUIRED + "evaluation: {ks: []}\n"),
+        ("catalog.text", REQUIRED.replace("uri: /c", "uri: /c, text: []")),
+        ("seed", REQUIRED + "seed: -1\n"),
+    ],
+)
+def test_a_value_that_would_only_stop_a_later_stage_is_refused(night, name, required):
+    with pytest.raises(SettingsError, match=rf"(^|\s){re.escape(name)}\b"):
+        night(required=required)
