@@ -17,7 +17,7 @@ import torch
 
 from tiger_ray import schemas
 from tiger_ray.beam_search import Decoder, best_first, ranges
-from tiger_ray.config import Section, Settings
+from tiger_ray.config import RecommendationsSettings, Section, Settings
 from tiger_ray.errors import ArtifactError, QualityError
 from tiger_ray.hashing import mixed
 from tiger_ray.histories import user_shards
@@ -29,6 +29,9 @@ from tiger_ray.tokens import user_buckets
 from tiger_ray.training import load_model, require_same_id_space
 
 GENERATED, FALLBACK = schemas.SOURCES
+
+SLOTS = 4_000_000
+"""Recommendations in one array of Arrow, whose text ends at 2 GiB: ids of up to 500 bytes."""
 
 
 def run(
@@ -193,7 +196,12 @@ def _compute(
         entries = map_shards(
             run,
             _RedateShard,
-            {"storage": storage, "twin": twin, "values": {"date": settings.date, **versions}},
+            {
+                "storage": storage,
+                "twin": twin,
+                "values": {"date": settings.date, **versions},
+                "group_rows": _group_rows(settings.recommendations),
+            },
             shards=twin.files,
             num_workers=settings.decoding.num_workers,
             num_cpus=1,
@@ -247,11 +255,19 @@ def _twin(storage: Storage, scoring: str) -> Manifest | None:
     return last if last.metadata["scoring"] == scoring and storage.is_intact(last) else None
 
 
+def _group_rows(settings: RecommendationsSettings) -> int:
+    """Rows that hold `SLOTS` recommendations."""
+    return SLOTS if settings.form == "long" else max(SLOTS // settings.top_k, 1)
+
+
 class _RedateShard:
     """Copies one file of recommendations under a new date, and the versions of that night."""
 
-    def __init__(self, run: Run, storage: Storage, twin: Manifest, values: Mapping[str, str]) -> None:
+    def __init__(
+        self, run: Run, storage: Storage, twin: Manifest, values: Mapping[str, str], group_rows: int
+    ) -> None:
         self._run, self._storage, self._twin, self._values = run, storage, twin, values
+        self._group_rows = group_rows
 
     def __call__(self, shard: FileEntry) -> FileEntry:
         table = self._storage.read_table(self._twin, shard)
@@ -259,7 +275,7 @@ class _RedateShard:
             place = table.schema.get_field_index(name)
             repeated = pa.repeat(value, table.num_rows)
             table = table.set_column(place, table.schema.field(name), repeated)
-        return self._run.write_table(shard.name, table, shard.facts)
+        return self._run.write_table(shard.name, table, shard.facts, self._group_rows)
 
 
 class _ScoreShard:
@@ -292,13 +308,18 @@ class _ScoreShard:
         found_BK[~known_B, : len(popular_K)] = popular_K
         score_BK[~known_B, : len(popular_K)] = share_K
 
-        table = self._table(users.column("user_id"), found_BK, score_BK, known_B)
+        step = max(SLOTS // settings.top_k, 1)
+        parts = [slice(start, start + step) for start in range(0, max(len(lengths_B), 1), step)]
+        user_id = users.column("user_id")
+        table = pa.concat_tables(
+            [self._table(user_id[part], found_BK[part], score_BK[part], known_B[part]) for part in parts]
+        )
         facts = {
             "users": len(lengths_B),
             "fallback_users": int((~known_B).sum()),
             "short_lists": int((found_BK[:, -1] < 0).sum()),
         }
-        return self._run.write_table(shard.name, table, facts)
+        return self._run.write_table(shard.name, table, facts, _group_rows(settings))
 
     def _table(
         self,

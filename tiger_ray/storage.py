@@ -338,7 +338,10 @@ class Storage:
                     f"{self._file_uri(manifest, entry)} has no column {absent[0]!r}, "
                     f"only {', '.join(parquet.schema_arrow.names)}"
                 )
-            return parquet.read() if columns is None else parquet.read(list(columns)).select(columns)
+            names = parquet.schema_arrow.names if columns is None else list(columns)
+            # one by one: read together, lists of text beyond 2 GiB are refused by Arrow
+            groups = [parquet.read_row_group(i, names) for i in range(parquet.num_row_groups)]
+            return pa.concat_tables(groups or [parquet.schema_arrow.empty_table()]).select(names)
 
         try:
             return self._read(manifest, entry, parse)
@@ -523,15 +526,22 @@ class Run:
     """Random per job: tells the files of two jobs on one run apart."""
     fingerprint: str
 
-    def write_table(self, name: str, table: pa.Table, facts: Mapping[str, int] | None = None) -> FileEntry:
+    def write_table(
+        self, name: str, table: pa.Table, facts: Mapping[str, int] | None = None, group_rows: int = 2**20
+    ) -> FileEntry:
         """Write a Parquet file (zstd), equal bytes for equal rows, and record it as done.
+
+        Args:
+            group_rows: rows of each row group, whose columns of text must stay below 2 GiB.
 
         Returns:
             The entry to publish: this file, or the one of that name that was finished first.
         """
         sink = pa.BufferOutputStream()
-        # Chunks decide page boundaries, and two equal tables may be chunked differently.
-        pq.write_table(table.combine_chunks(), sink, compression="zstd")
+        with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+            for start in range(0, table.num_rows, group_rows):
+                # Chunks decide page boundaries, and two equal tables may be chunked differently.
+                writer.write_table(table[start : start + group_rows].combine_chunks())
         return self._write(name, memoryview(sink.getvalue()), table.num_rows, facts or {})
 
     def write_file(self, name: str, data: bytes, rows: int = 0) -> FileEntry:

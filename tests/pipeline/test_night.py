@@ -16,6 +16,7 @@ from worlds import STAGES, TUESDAY, published_dates, run_night, tiny_settings
 
 from tiger_ray import recommendations, report, schemas, stage
 from tiger_ray.errors import ArtifactError
+from tiger_ray.histories import user_shards
 from tiger_ray.registry import load_semantic_ids
 
 K = 10
@@ -213,6 +214,26 @@ def test_the_long_form_holds_the_rows_of_the_wide_form(night, night_root, world)
     assert report.examples_table(long.storage, *(long[name] for name in names)) == report.examples_table(
         night.storage, *(night[name] for name in names)
     )
+
+
+@pytest.mark.parametrize("form", ["wide", "long"])
+def test_a_shard_written_some_users_at_a_time_holds_the_same_rows(night, form, monkeypatch):
+    settings = night.settings.model_copy(
+        update={"recommendations": night.settings.recommendations.model_copy(update={"form": form})}
+    )
+    inputs = {name: night[name] for name in ("model", "semantic_ids", "sequences")}
+    entry = user_shards(night["sequences"])[0]
+    num_users, top_k = entry.rows, settings.recommendations.top_k
+    tables, groups = [], []
+    for slots in (recommendations.SLOTS, top_k * (num_users // 3)):
+        monkeypatch.setattr(recommendations, "SLOTS", slots)
+        run = night.storage.begin("recommendations", f"{slots:064x}")
+        written = recommendations._ScoreShard(run, night.storage, settings, inputs)(entry)
+        tables.append(run.read_table(written))
+        groups.append(pq.ParquetFile(pa.BufferReader(run.read_file(written))).num_row_groups)
+    assert tables[0].equals(tables[1])
+    assert groups[0] == 1
+    assert groups[1] in (3, 4)
 
 
 def test_a_published_file_that_was_changed_is_noticed(night, night_root, s3_client):

@@ -256,6 +256,19 @@ def test_equal_tables_give_equal_bytes_however_they_are_chunked(folder: Storage)
     assert (one.sha256, one.bytes) == (two.sha256, two.bytes)
 
 
+@pytest.mark.parametrize("num_rows", [0, 1, 6, 7])
+def test_row_groups_are_read_back_as_one_table(folder: Storage, num_rows: int) -> None:
+    table = pa.table(
+        {"n": pa.array(range(num_rows), pa.int64()), "words": [[f"{n}", "x"] for n in range(num_rows)]}
+    )
+    table = table.set_column(1, "words", table.column("words").cast(pa.list_(pa.string())))
+    run = folder.begin("catalog", "0" * 64)
+    entry = run.write_table("shard-00000.parquet", table, group_rows=3)
+    assert pq.ParquetFile(pa.BufferReader(run.read_file(entry))).num_row_groups == -(-num_rows // 3)
+    assert run.read_table(entry).equals(table)
+    assert run.read_table(entry, ["words"]).equals(table.select(["words"]))
+
+
 def test_files_are_plain_parquet_for_everybody(folder: Storage) -> None:
     entry = publish(folder).file("part-0.parquet")
     file = pq.ParquetFile(Path(folder.root, "catalog", entry.path))
