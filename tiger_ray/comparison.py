@@ -35,8 +35,8 @@ EXACT = {
 }
 """What an approximate index looks for: the lists of the same model, ranked exactly."""
 
-METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
-"""Columns of the table."""
+PRINTED = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
+"""Metrics of published tables."""
 
 TOP = 10
 """Places of an exact list that an approximate one is held against."""
@@ -108,7 +108,7 @@ def _places(evaluated: Manifest) -> int:
 
 def published_row(line: Mapping[str, str]) -> Row:
     """A row of somebody else's table, as a line of jobs/published.csv has it; not every value is published."""
-    metrics = {name: {"value": float(line[name])} for name in METRICS if line[name]}
+    metrics = {name: {"value": float(line[name])} for name in PRINTED if line[name]}
     return Row(line["method"], metrics, line["protocol"])
 
 
@@ -119,15 +119,16 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def markdown(rows: Sequence[Row], published: Sequence[Row], reference: str) -> str:
     """Accuracy and protocol of our rows, those of published rows, and what ours show."""
-    lines = [
-        "| | Recall@5 | NDCG@5 | Recall@10 | NDCG@10 | "
-        + f"NDCG@10 less that of {LABELS[reference]} | protocol |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    ks = sorted({int(name.removeprefix("recall@")) for name in rows[0].metrics if name.startswith("recall@")})
+    names = [f"{metric}@{k}" for k in ks for metric in ("recall", "ndcg")]
+    titles = [name.replace("recall", "Recall").replace("ndcg", "NDCG") for name in names]
+    titles += [f"{titles[-1]} less that of {LABELS[reference]}", "protocol"]
+    lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     common = _common(rows)
     for row in [*rows, *published]:
-        cells = [_cell(row.metrics.get(name)) for name in METRICS]
-        lines.append("| " + " | ".join([row.method, *cells, _difference(row), _protocol(row, common)]) + " |")
+        cells = [_cell(row.metrics.get(name)) for name in names]
+        difference = _difference(row, names[-1])
+        lines.append("| " + " | ".join([row.method, *cells, difference, _protocol(row, common)]) + " |")
     users = rows[0].details["users"] if rows[0].details else 0
     lines += [
         "",
@@ -161,10 +162,8 @@ def _cell(metric: Mapping[str, Any] | None) -> str:
     return f"{metric['value']:.4f}{interval}"
 
 
-def _difference(row: Row) -> str:
-    if row.difference is None:
-        return ""
-    found = row.difference.get("ndcg@10")
+def _difference(row: Row, name: str) -> str:
+    found = (row.difference or {}).get(name)
     return "" if found is None else f"{found['value']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})"
 
 
