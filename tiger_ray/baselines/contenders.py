@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 
 from tiger_ray.baselines.neighbours import Neighbours
@@ -122,10 +123,18 @@ def make_neighbours(
     """Neighbours among all items, whose embeddings are in memory twice: 8 N D bytes, and 12 while it is built."""
     ids = load_semantic_ids(storage, semantic_ids)
     embedding_ND: npt.NDArray[np.float32] = np.zeros((len(ids), int(embeddings.metadata["dim"])), np.float32)
+    columns = [
+        storage.read_table(embeddings, entry, columns=["item_id"]).column("item_id")
+        for entry in embeddings.files
+    ]
+    # all files at once: each lookup hashes the whole registry
+    index_N = ids.lookup(pa.chunked_array([chunk for column in columns for chunk in column.chunks]))
+    first = 0
     for entry in embeddings.files:
-        table = storage.read_table(embeddings, entry, columns=["item_id", "embedding"])
-        index = ids.lookup(table.column("item_id"))
-        embedding_ND[index[index >= 0]] = matrix_of(table.column("embedding"))[index >= 0]
+        embedding = storage.read_table(embeddings, entry, columns=["embedding"]).column("embedding")
+        index = index_N[first : first + len(embedding)]
+        embedding_ND[index[index >= 0]] = matrix_of(embedding)[index >= 0]
+        first += len(embedding)
     return Neighbours(embedding_ND, ids.eligible_N, device)
 
 
