@@ -61,6 +61,7 @@ def night(tmp_path, monkeypatch):
         night.connected += 1
 
     monkeypatch.setattr(stage, "connect", connect)
+    monkeypatch.setattr(stage, "require_room", lambda *_: None)
     return night
 
 
