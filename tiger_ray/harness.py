@@ -29,7 +29,7 @@ from tiger_ray.hashing import mixed
 from tiger_ray.histories import columns_for, cuts_of, require_holdout, user_shards
 from tiger_ray.rankers import Popularity, Ranker
 from tiger_ray.recommendations import Scorer
-from tiger_ray.registry import load_semantic_ids
+from tiger_ray.registry import load_semantic_ids, require_same_registry
 from tiger_ray.sequences import seen_events
 from tiger_ray.shards import map_shards, plain_errors
 from tiger_ray.stage import Computed, StageResult, run_stage
@@ -134,8 +134,10 @@ def evaluate_ranker(
 
     Raises:
         DataError: training saw all events, or there is nobody to evaluate.
-        ArtifactError: it was trained on other histories, or these have no moments for a time split.
+        ArtifactError: it was trained on other histories, or these have no moments for a time split, or are of
+            another registry.
     """
+    require_same_registry(sequences, semantic_ids)
     if contender.holdout == "none":
         raise DataError(
             "the model was trained on all events (training.holdout is 'none'), so there is nothing left to evaluate it on"

@@ -21,7 +21,7 @@ from tiger_ray.config import RecommendationsSettings, Section, Settings
 from tiger_ray.errors import ArtifactError, QualityError
 from tiger_ray.hashing import mixed
 from tiger_ray.histories import user_shards
-from tiger_ray.registry import load_semantic_ids
+from tiger_ray.registry import load_semantic_ids, require_same_registry
 from tiger_ray.shards import map_shards
 from tiger_ray.stage import FORMAT_VERSIONS, Computed, StageResult, run_stage
 from tiger_ray.storage import FileEntry, Manifest, Run, Storage, fingerprint
@@ -40,9 +40,10 @@ def run(
     """Publish the artifact `recommendations`: what comes after each user's whole history.
 
     Raises:
-        ArtifactError: the model was trained on other Semantic IDs.
+        ArtifactError: the model was trained on other Semantic IDs, or the histories were built on others.
     """
     require_same_id_space(model, semantic_ids)
+    require_same_registry(sequences, semantic_ids)
     inputs = {"model": model, "semantic_ids": semantic_ids, "sequences": sequences}
     scoring = scoring_name(settings, inputs)
     return run_stage(

@@ -31,7 +31,7 @@ import ray
 
 from tiger_ray import semantic_ids
 from tiger_ray.config import Settings
-from tiger_ray.errors import PublishError
+from tiger_ray.errors import ArtifactError, PublishError
 from tiger_ray.faults import crash_point
 from tiger_ray.schemas import matrix_of
 from tiger_ray.semantic_ids import SemanticIds
@@ -109,6 +109,19 @@ def registry_of(manifest: Manifest) -> Manifest:
     kept = ("items", "level_sizes", "space", "item_id_type")
     metadata = {name: manifest.metadata[name] for name in kept}
     return manifest.model_copy(update={"files": tuple(_segments(manifest)), "metadata": metadata})
+
+
+def require_same_registry(sequences: Manifest, semantic_ids: Manifest) -> None:
+    """Refuse histories whose `item_index` means the items of another registry, from the manifests alone.
+
+    Raises:
+        ArtifactError: names both, and the job that makes them fit.
+    """
+    if sequences.inputs["semantic_ids"] != registry_of(semantic_ids).digest:
+        raise ArtifactError(
+            f"sequences {sequences.run_id} were not built on Semantic IDs {semantic_ids.run_id}; build them again "
+            "(jobs/build_sequences.py)"
+        )
 
 
 # The registry

@@ -48,7 +48,7 @@ from tiger_ray.config import ServingSettings, Settings
 from tiger_ray.errors import ArtifactError, TigerError
 from tiger_ray.hashing import stable_hash
 from tiger_ray.recommendations import FALLBACK, GENERATED, Scorer
-from tiger_ray.registry import registry_of
+from tiger_ray.registry import require_same_registry
 from tiger_ray.storage import Manifest, Storage
 from tiger_ray.tokens import Vocabulary
 from tiger_ray.training import load_model
@@ -326,11 +326,7 @@ def application(
     """
     serving, decoding = settings.serving, settings.decoding
     vocabulary = load_model(storage, model, semantic_ids).vocabulary
-    if sequences.inputs["semantic_ids"] != registry_of(semantic_ids).digest:
-        raise ArtifactError(
-            f"sequences {sequences.run_id} were not built on Semantic IDs {semantic_ids.run_id}; build them again "
-            "(jobs/build_sequences.py)"
-        )
+    require_same_registry(sequences, semantic_ids)
     common = {
         "num_replicas": serving.num_replicas,
         "backpressure_config": {"retry_after_s": RETRY_AFTER_S},

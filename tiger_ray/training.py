@@ -33,7 +33,7 @@ from tiger_ray.model import TigerModel
 from tiger_ray.optimization import BATCH_TOKENS, Task, fit, make_optimizer, tiger_task
 from tiger_ray.precision import dtype_of
 from tiger_ray.rankers import Ranker
-from tiger_ray.registry import id_space, load_semantic_ids, registry_of
+from tiger_ray.registry import id_space, load_semantic_ids, registry_of, require_same_registry
 from tiger_ray.stage import Computed, StageResult, run_stage
 from tiger_ray.storage import FileEntry, Manifest, Run, Storage
 from tiger_ray.tokens import Vocabulary
@@ -53,8 +53,9 @@ def run(settings: Settings, storage: Storage, sequences: Manifest, semantic_ids:
     Raises:
         DataError: no user has two events that training may see.
         ArtifactError: `training.warm_start` is on, and the last model is of another ID space or shape; or the
-            sequences do not know the moments of `training.holdout` time.
+            sequences do not know the moments of `training.holdout` time, or are of another registry.
     """
+    require_same_registry(sequences, semantic_ids)
     require_holdout(sequences, settings.training.holdout)
     inputs = {"sequences": sequences, "semantic_ids": registry_of(semantic_ids)}
     if settings.training.warm_start:

@@ -9,10 +9,11 @@ import pyarrow.compute as pc
 import pytest
 from worlds import STAGES, TUESDAY, WEDNESDAY, published_dates, run_night, tiny_settings
 
-from tiger_ray import harness, recommendations, synthetic
+from tiger_ray import harness, recommendations, synthetic, training
+from tiger_ray.baselines import contenders
 from tiger_ray.errors import ArtifactError, DataError, PublishError, QualityError
 from tiger_ray.recommendations import require_quality
-from tiger_ray.registry import load_semantic_ids
+from tiger_ray.registry import id_space, load_semantic_ids
 from tiger_ray.storage import Storage
 from tiger_ray.training import load_model
 
@@ -209,6 +210,25 @@ def test_a_model_of_another_id_space_is_refused(night, night_root, world):
     with pytest.raises(ArtifactError, match="was trained on ID space"):
         recommendations.run(*arguments)
     with pytest.raises(ArtifactError, match="was trained on ID space"):
+        harness.evaluate(*arguments, night["catalog"])
+    # an item_index of the old histories would be another item of the new registry
+    histories, ids = night["sequences"], other["semantic_ids"]
+    for begin in (
+        lambda: training.run(settings, other.storage, histories, ids),
+        lambda: contenders.train_sasrec(settings, other.storage, ids, histories),
+        lambda: contenders.run(
+            settings, other.storage, ids, histories, night["catalog"], night["embeddings"]
+        ),
+    ):
+        with pytest.raises(ArtifactError, match=r"were not built on Semantic IDs .*jobs/build_sequences"):
+            begin()
+    model = night["model"].model_copy(
+        update={"metadata": {**night["model"].metadata, "space": id_space(ids)}}
+    )
+    arguments = (settings, other.storage, model, ids, histories)
+    with pytest.raises(ArtifactError, match="were not built on Semantic IDs"):
+        recommendations.run(*arguments)
+    with pytest.raises(ArtifactError, match="were not built on Semantic IDs"):
         harness.evaluate(*arguments, night["catalog"])
 
 

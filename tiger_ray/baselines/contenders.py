@@ -22,7 +22,7 @@ from tiger_ray.errors import DataError
 from tiger_ray.harness import Contender, evaluate_ranker
 from tiger_ray.histories import require_holdout
 from tiger_ray.rankers import Popularity
-from tiger_ray.registry import load_semantic_ids, registry_of
+from tiger_ray.registry import load_semantic_ids, registry_of, require_same_registry
 from tiger_ray.schemas import matrix_of
 from tiger_ray.stage import Computed, StageResult, run_stage
 from tiger_ray.storage import Manifest, Run, Storage
@@ -167,6 +167,7 @@ def train_sasrec(
     settings: Settings, storage: Storage, semantic_ids: Manifest, sequences: Manifest
 ) -> StageResult:
     """Publish the artifact `model-` and `variant`, trained by section `training`."""
+    require_same_registry(sequences, semantic_ids)
     inputs = {"sequences": sequences, "semantic_ids": registry_of(semantic_ids)}
     require_holdout(sequences, settings.training.holdout)
 
