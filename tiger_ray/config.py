@@ -32,6 +32,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import SettingsError as MalformedValue
 
 from tiger_ray.errors import SettingsError
 
@@ -127,12 +128,17 @@ class CatalogSettings(Section):
     @model_validator(mode="after")
     def _the_template_uses_the_text(self) -> CatalogSettings:
         try:
-            fields = [field for _, field, _, _ in string.Formatter().parse(self.template or "")]
+            parts = list(string.Formatter().parse(self.template or ""))
         except ValueError as error:
             raise ValueError(f"catalog.template {self.template!r} is no format string: {error}") from None
-        for field in fields:
+        for _, field, form, conversion in parts:
             if field is not None and field not in self.text:
                 raise ValueError(f"catalog.template uses {{{field}}}, which catalog.text does not name")
+            if form or conversion:
+                raise ValueError(
+                    f"catalog.template gives {{{field}}} a format, and columns are put in as they are: write {{{field}}} "
+                    "alone, and format the column before the job"
+                )
         return self
 
 
@@ -645,6 +651,8 @@ def load_settings(argv: Sequence[str], *, prog: str | None = None) -> Settings:
                 raise SettingsError(f"unknown setting --{name}{_did_you_mean(name, known)}")
     try:
         return Settings(_cli_parse_args=list(words), _cli_prog_name=prog, **values)  # type: ignore[call-arg]
+    except MalformedValue as error:
+        raise SettingsError(f"command line: {error}; write a list as [1, 2] or repeat the setting") from None
     except ValidationError as error:
         source = ", ".join([*files, "command line"] if words else files) or "command line"
         raise SettingsError(f"settings ({source}):\n" + "\n".join(_explain(error, known))) from None
@@ -670,9 +678,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise SettingsError(f"cannot read settings file {file}: {error.strerror}") from None
-    text = _expand(text, file)
     try:
-        values = yaml.safe_load(text) or {}
+        values = yaml.load(text, _Loader) or {}
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a day like 2014-02-30
         raise SettingsError(f"settings file {file} is not YAML: {error}") from None
     if not isinstance(values, dict):
@@ -681,18 +688,41 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         )
     if isinstance(values.get("date"), calendar_date):  # YAML reads 2026-11-23 as a day by itself
         values["date"] = values["date"].isoformat()
-    return values
+    expanded: dict[str, Any] = _expanded(values, file)
+    return expanded
 
 
-def _expand(text: str, file: Path) -> str:
-    def value(match: re.Match[str]) -> str:
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key comes twice: the first would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, yaml.Mark] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    f"{key.value!r} is there", seen[key.value], "and once more", key.start_mark
+                )
+            seen[key.value] = key.start_mark
+        return super().construct_mapping(node, deep)
+
+
+def _expanded(value: Any, file: Path) -> Any:
+    """Text with `${NAME}` filled from the environment, in what YAML has read."""
+
+    def variable(match: re.Match[str]) -> str:
         if match[1] not in os.environ:
             raise SettingsError(
                 f"settings file {file} uses ${{{match[1]}}}, and that environment variable is not set"
             )
         return os.environ[match[1]]
 
-    return re.sub(r"\$\{(\w+)\}", value, text)
+    if isinstance(value, dict):
+        return {key: _expanded(part, file) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_expanded(part, file) for part in value]
+    return re.sub(r"\$\{(\w+)\}", variable, value) if isinstance(value, str) else value
 
 
 def _merge(values: dict[str, Any], later: dict[str, Any]) -> None:

@@ -225,6 +225,35 @@ def test_an_environment_variable_that_is_not_set_is_named(night, monkeypatch):
         night("seed: ${TIGER_TEST_FOLDER}\n")
 
 
+def test_what_an_environment_variable_holds_is_text_and_not_yaml(night, monkeypatch):
+    monkeypatch.setenv("TIGER_TEST_FOLDER", "/data/run #3: {a")
+    monkeypatch.setenv("TIGER_TEST_COUNT", "7")
+    settings = night(
+        "# ${NO_SUCH_VARIABLE_OF_OURS}\nmodel: {num_layers: '${TIGER_TEST_COUNT}'}\n",
+        required="storage: {root: /r}\ncatalog: {uri: /c}\nevents:\n  uri: ${TIGER_TEST_FOLDER}/e\n",
+    )
+    assert settings.events.uri == "/data/run #3: {a/e"
+    assert settings.model.num_layers == 7
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("training: {num_steps: 7}\ntraining: {use_gpu: true}\n", r"'training' is there(.|\n)*and once more"),
+        ("training:\n  num_steps: 7\n  num_steps: 8\n", r"'num_steps' is there(.|\n)*and once more"),
+    ],
+)
+def test_a_key_that_comes_twice_is_refused_with_both_lines(night, yaml, message):
+    with pytest.raises(SettingsError, match=rf"night\.yaml is not YAML: {message}"):
+        night(yaml)
+
+
+@pytest.mark.parametrize("word", ["--quantizer.level_sizes=[64,64", '--catalog.text=Sub "x'])
+def test_a_list_that_does_not_end_is_refused(night, word):
+    with pytest.raises(SettingsError, match=r"command line: .*write a list as"):
+        night("", word)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("- a\n- b\n", "must hold sections like `storage:`, not a list"), ("a: [\n", "is not YAML")],
