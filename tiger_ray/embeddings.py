@@ -214,6 +214,8 @@ class _EmbedShard:
             text_hash = stable_hash(items.column("text"))
             embedding, encoded = self._encode_changed(items, item_id, text_hash, shard)
             blank = pc.equal(items.column("text"), "").to_numpy()
+            if self._settings.encoder == "hashing":
+                blank |= ~embedding.any(axis=1)  # its words have two letters or more
             if blank.any():
                 embedding[blank] = random_directions(stable_hash(item_id)[blank], embedding.shape[1])
         refuse_bad_rows(embedding, items, self._settings.encoder)

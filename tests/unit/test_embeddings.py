@@ -65,8 +65,9 @@ def test_items_without_text_lie_in_directions_of_their_own():
 def test_an_item_without_text_is_embedded_by_its_id_and_the_others_by_their_text(tmp_path):
     storage = Storage(str(tmp_path))
     catalog = storage.begin("catalog", "0" * 64)
-    items = {"item_id": ["a", "b", "c", "d"], "title": [None] * 4, "text": ["red", "", "red", ""]}
-    items |= {"category": [None] * 4, "available": [True] * 4}
+    # "M 7 !": none of its words has the two letters that the hashing encoder asks for
+    items = {"item_id": [*"abcde"], "title": [None] * 5, "text": ["red", "", "red", "", "M 7 !"]}
+    items |= {"category": [None] * 5, "available": [True] * 5}
     table = pa.table(items, schema=schemas.catalog(pa.string(), None))
     entry = catalog.write_table("shard-00000.parquet", table)
     embeddings = storage.begin("embeddings", "1" * 64)
@@ -75,7 +76,7 @@ def test_an_item_without_text_is_embedded_by_its_id_and_the_others_by_their_text
     )
     found_ND = np.stack(embeddings.read_table(embed(entry)).column("embedding").to_pylist())
     assert (found_ND[0] == found_ND[2]).all()
-    assert (found_ND[[1, 3]] == random_directions(stable_hash(pa.array(["b", "d"])), 16)).all()
+    assert (found_ND[[1, 3, 4]] == random_directions(stable_hash(pa.array([*"bde"])), 16)).all()
 
 
 def test_embeddings_of_ids_of_another_type_are_not_kept(tmp_path):
