@@ -6,31 +6,24 @@ Everything downstream trusts this artifact: ids are unique and never null, text 
 
 from __future__ import annotations
 
-import difflib
 import html
 import string
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs as pafs
-import pyarrow.parquet as pq
-import ray
 
 from tiger_ray import schemas
 from tiger_ray.config import CatalogSettings, Settings
 from tiger_ray.errors import DataError
 from tiger_ray.hashing import shard_of, stable_hash
+from tiger_ray.inputs import blamed, id_type, read_columns, read_input_schema
 from tiger_ray.shards import shard_name, write_partitions
 from tiger_ray.stage import Computed, StageResult, run_stage
 from tiger_ray.storage import FileEntry, Run, Storage
-from tiger_ray.stores import InputFile, input_filesystem, list_inputs, require_unchanged
-
-FOOTERS_AT_ONCE = 32
+from tiger_ray.stores import InputFile, list_inputs
 
 
 def run(settings: Settings, storage: Storage) -> StageResult:
@@ -52,104 +45,6 @@ def run(settings: Settings, storage: Storage) -> StageResult:
     )
 
 
-def read_input_schema(files: Sequence[InputFile], uri: str, wanted: dict[str, str]) -> tuple[pa.Schema, int]:
-    """Schema common to all input files, and their rows in all, from the footers alone.
-
-    Args:
-        files: Parquet files below `uri`.
-        uri: of the input, for its filesystem.
-        wanted: setting name -> column that must exist.
-
-    Raises:
-        DataError: a file is not Parquet, lacks a wanted column, or types a wanted column differently.
-    """
-    filesystem, _ = input_filesystem(uri)
-    first: pa.Schema | None = None
-    rows = 0
-    for file, footer in zip(files, _footers(files, filesystem), strict=True):
-        schema = footer.schema
-        rows += footer.num_rows
-        for setting, column in wanted.items():
-            if column not in schema.names:
-                near = difflib.get_close_matches(column, schema.names, n=1, cutoff=0.3)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise DataError(
-                    f"{file.path} ({footer.num_rows:,} rows) has no column {column!r}, which {setting} names{hint} "
-                    f"It has: {', '.join(schema.names)}."
-                )
-            if first is not None and schema.field(column).type != first.field(column).type:
-                raise DataError(
-                    f"column {column!r} is {schema.field(column).type} in {file.path} ({footer.num_rows:,} rows), "
-                    f"but {first.field(column).type} in {files[0].path}; write it with one type"
-                )
-        first = first if first is not None else schema
-    assert first is not None, "list_inputs never returns nothing"
-    if rows == 0:
-        raise DataError(f"{uri} holds {len(files)} Parquet file(s) and 0 rows")
-    return first, rows
-
-
-class _Footer(NamedTuple):
-    schema: pa.Schema
-    num_rows: int
-
-
-def _footers(files: Sequence[InputFile], filesystem: pafs.FileSystem) -> Iterator[_Footer]:
-    """Of each file in order; many are read at once, for each takes an object store as long as the last."""
-
-    def read(file: InputFile) -> _Footer:
-        try:
-            with filesystem.open_input_file(file.path) as source:
-                footer = pq.read_metadata(source)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(
-                f"{file.path} is not a readable Parquet file ({file.bytes:,} bytes): {error}"
-            ) from None
-        return _Footer(footer.schema.to_arrow_schema(), footer.num_rows)
-
-    pool = ThreadPoolExecutor(FOOTERS_AT_ONCE)
-    try:
-        yield from pool.map(read, files)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def read_columns(files: Sequence[InputFile], uri: str, columns: Iterable[str]) -> ray.data.Dataset:
-    """These columns of the input files, each once; the others may differ from file to file.
-
-    Args:
-        files: Parquet files below `uri` that passed `read_input_schema`.
-        uri: of the input, for its filesystem.
-        columns: names.
-    """
-    filesystem, _ = input_filesystem(uri)
-    with filesystem.open_input_file(files[0].path) as source:
-        schema = pq.read_schema(source)
-    wanted = pa.schema([schema.field(name) for name in sorted(set(columns))])
-    # Left to itself, Ray Data cuts the rows of a few small files into 200 blocks.
-    fewest = ray.data.DataContext.get_current().read_op_min_num_blocks
-    return ray.data.read_parquet(
-        [file.path for file in files],
-        filesystem=filesystem,
-        schema=wanted,
-        partitioning=None,  # a folder named like `date=...` is no column
-        override_num_blocks=len(files) if len(files) < fewest else None,
-    )
-
-
-def id_type(schema: pa.Schema, column: str, uri: str) -> pa.DataType:
-    """Type of an id column: string, large_string or int64, also behind a dictionary.
-
-    Raises:
-        DataError: any other type.
-    """
-    found = schema.field(column).type
-    plain = found.value_type if pa.types.is_dictionary(found) else found
-    if plain not in schemas.ID_TYPES:
-        raise DataError(f"column {column!r} of {uri} is {found}; an id must be string, large_string or int64")
-    return plain
-
-
 def _compute(run: Run, settings: CatalogSettings, files: Sequence[InputFile]) -> Computed:
     wanted = {"catalog.item_id": settings.item_id}
     wanted |= {f"catalog.text[{place}]": column for place, column in enumerate(settings.text)}
@@ -161,13 +56,14 @@ def _compute(run: Run, settings: CatalogSettings, files: Sequence[InputFile]) ->
     vector_type = _vector_type(schema, settings)
     _require_readable(schema, settings)
 
-    dataset = read_columns(files, settings.uri, wanted.values()).map_batches(
-        clean_rows,
-        fn_args=(settings, item_id_type, vector_type),
-        batch_size=None,
-        batch_format="pyarrow",
-    )
-    entries = write_partitions(dataset, _Finish(run, settings), num_shards=settings.num_shards)
+    with blamed(files, settings.uri, wanted.values()):
+        dataset = read_columns(files, settings.uri, wanted.values()).map_batches(
+            clean_rows,
+            fn_args=(settings, item_id_type, vector_type),
+            batch_size=None,
+            batch_format="pyarrow",
+        )
+        entries = write_partitions(dataset, _Finish(run, settings), num_shards=settings.num_shards)
     items = sum(entry.rows for entry in entries)
     empty = sum(int(entry.facts["empty_text"]) for entry in entries)
     if empty > settings.max_empty_text_share * items:
@@ -175,7 +71,6 @@ def _compute(run: Run, settings: CatalogSettings, files: Sequence[InputFile]) ->
             f"{empty:,} of {items:,} items of {settings.uri} have no text in {', '.join(settings.text)}; at most "
             f"{settings.max_empty_text_share:.0%} may (catalog.max_empty_text_share). Name other columns in catalog.text."
         )
-    require_unchanged(settings.uri, files)
     assert items == rows, f"{rows} rows were read and {items} written"
     available = sum(int(entry.facts["available"]) for entry in entries)
     if available == 0:

@@ -17,13 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from tiger_ray.catalog import id_type, read_columns, read_input_schema
 from tiger_ray.config import EventsSettings, Settings
 from tiger_ray.errors import DataError
+from tiger_ray.inputs import blamed, id_type, read_columns, read_input_schema
 from tiger_ray.shards import plain_errors
 from tiger_ray.stage import Computed, StageResult, run_stage
 from tiger_ray.storage import Manifest, Run, Storage
-from tiger_ray.stores import InputFile, list_inputs, require_unchanged
+from tiger_ray.stores import InputFile, list_inputs
 
 _TICKS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _EARLIEST = datetime(1990, 1, 1, tzinfo=UTC).timestamp()
@@ -51,7 +51,7 @@ def run(settings: Settings, storage: Storage, catalog: Manifest) -> StageResult:
 
 def read_events(files: Sequence[InputFile], settings: EventsSettings) -> ray.data.Dataset:
     """The wanted columns of the events, unfiltered."""
-    return read_columns(files, settings.uri, _wanted(settings).values())
+    return read_columns(files, settings.uri, wanted_columns(settings).values())
 
 
 def wanted_rows(batch: pa.Table, settings: EventsSettings) -> pa.Table:
@@ -91,7 +91,7 @@ def catalog_item_ids(storage: Storage, catalog: Manifest) -> ray.ObjectRef:
 def _compute(
     run: Run, settings: EventsSettings, storage: Storage, catalog: Manifest, files: Sequence[InputFile]
 ) -> Computed:
-    schema, rows = read_input_schema(files, settings.uri, _wanted(settings))
+    schema, rows = read_input_schema(files, settings.uri, wanted_columns(settings))
     user_id_type = id_type(schema, settings.user_id, settings.uri)
     item_id_type = id_type(schema, settings.item_id, settings.uri)
     if str(item_id_type) != catalog.metadata["id_type"] and not _both_strings(item_id_type, catalog):
@@ -108,10 +108,9 @@ def _compute(
         batch_size=None,
         batch_format="pyarrow",
     )
-    with plain_errors():
+    with blamed(files, settings.uri, wanted_columns(settings).values()), plain_errors():
         counts = _add([json.loads(row["counts"]) for row in counted.iter_rows()])
     _judge(counts, unit, settings)
-    require_unchanged(settings.uri, files)
     facts: dict[str, Any] = {
         "summary": f"{counts['events']:,} events, {counts['unknown']:,} of unknown items",
         **{name: counts[name] for name in ("events", "nulls", "unknown", "unwanted_kind")},
@@ -170,7 +169,7 @@ def ticks_at(moment: datetime, unit: str) -> int:
     return -(-microseconds * _TICKS_PER_SECOND[unit] // 10**6)
 
 
-def _wanted(settings: EventsSettings) -> dict[str, str]:
+def wanted_columns(settings: EventsSettings) -> dict[str, str]:
     """Setting -> the column of the input that it names."""
     names = ("user_id", "item_id", "timestamp", "event_type", "tie")
     return {f"events.{name}": column for name in names if (column := getattr(settings, name)) is not None}
@@ -187,6 +186,7 @@ def _both_strings(item_id_type: pa.DataType, catalog: Manifest) -> bool:
 def _count(batch: pa.Table, settings: EventsSettings, item_id_ref: ray.ObjectRef) -> pa.Table:
     item_ids = ray.get(item_id_ref)
     events = wanted_rows(batch, settings)
+    events.validate(full=True)  # Parquet does not promise that text is UTF-8
     complete = events.filter(is_complete(events))
     item_id = complete.column("item_id")
     known = pc.is_in(item_id.cast(item_ids.type), value_set=item_ids)

@@ -13,8 +13,8 @@ import pyarrow as pa
 
 def stable_hash(ids: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.uint64]:
     """Hash of each id, (N,)."""
-    if isinstance(ids, pa.ChunkedArray):
-        ids = ids.combine_chunks()
+    if isinstance(ids, pa.ChunkedArray):  # in one array they might exceed 2 GiB
+        return np.concatenate([np.zeros(0, np.uint64), *map(stable_hash, ids.chunks)])
     return pd.util.hash_array(ids.to_numpy(zero_copy_only=False), categorize=False)
 
 

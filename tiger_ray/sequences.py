@@ -20,14 +20,15 @@ import ray
 from tiger_ray import schemas
 from tiger_ray.config import EventsSettings, SequencesSettings, Settings
 from tiger_ray.errors import DataError
-from tiger_ray.events import is_complete, read_events, ticks_at, wanted_rows
+from tiger_ray.events import is_complete, read_events, ticks_at, wanted_columns, wanted_rows
 from tiger_ray.hashing import shard_of, stable_hash
 from tiger_ray.histories import POPULARITY_COLUMNS, columns_for, cuts_of, holdouts
+from tiger_ray.inputs import blamed
 from tiger_ray.registry import load_semantic_ids, registry_of
 from tiger_ray.shards import plain_errors, shard_name, write_partitions
 from tiger_ray.stage import Computed, StageResult, run_stage
 from tiger_ray.storage import FileEntry, Manifest, Run, Storage
-from tiger_ray.stores import InputFile, require_unchanged
+from tiger_ray.stores import InputFile
 
 NUM_POPULAR = 100_000
 """Most popular items kept for fallback lists and as the baseline: so many that some of them can be had tonight."""
@@ -213,17 +214,17 @@ def _compute(
     files = [InputFile(**file) for file in events.metadata["files"]]
     # 20 bytes or so per item, shared by all tasks of a node: a broadcast beats a join.
     items = ray.remote(_item_table).remote(storage, semantic_ids, settings.events.ties, settings.seed)
-    shuffled = read_events(files, settings.events).map_batches(
-        lambda batch: prepare_events(batch, settings.events, settings.sequences, ray.get(items)),
-        batch_size=None,
-        batch_format="pyarrow",
-    )
     chosen = settings.sequences
     moments = _moments(chosen, events.metadata["timestamp_unit"])
-    entries = write_partitions(
-        shuffled, _Finish(run, chosen.max_events, moments), num_shards=chosen.num_shards
-    )
-    require_unchanged(settings.events.uri, files)
+    with blamed(files, settings.events.uri, wanted_columns(settings.events).values()):
+        shuffled = read_events(files, settings.events).map_batches(
+            lambda batch: prepare_events(batch, settings.events, settings.sequences, ray.get(items)),
+            batch_size=None,
+            batch_format="pyarrow",
+        )
+        entries = write_partitions(
+            shuffled, _Finish(run, chosen.max_events, moments), num_shards=chosen.num_shards
+        )
     users = sum(entry.rows for entry in entries)
     facts: dict[str, Any] = {
         name: sum(int(entry.facts[name]) for entry in entries) for name in entries[0].facts
@@ -258,8 +259,9 @@ def _moments(settings: SequencesSettings, unit: str) -> tuple[int, int] | None:
 def _item_table(storage: Storage, semantic_ids: Manifest, ties: str, seed: int) -> pa.Table:
     """item_id and tie (int32 rank that decides between equal timestamps), in the order of item_index."""
     item_id = load_semantic_ids(storage, semantic_ids).item_id
-    if isinstance(item_id, pa.ChunkedArray):
-        item_id = item_id.combine_chunks()
+    if pa.types.is_string(item_id.type):
+        item_id = item_id.cast(pa.large_string())  # those of all nights in one array may exceed 2 GiB
+    item_id = item_id.combine_chunks()
     if ties == "shuffled":
         order = np.argsort(stable_hash(item_id) ^ np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64), kind="stable")
     else:

@@ -128,14 +128,19 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except RayTaskError as error:
-        cause: BaseException | None = error
-        while cause is not None and not (
-            isinstance(cause, TigerError) and not isinstance(cause, RayTaskError)
-        ):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is None:
+        ours = [cause for cause in causes(error) if isinstance(cause, TigerError)]
+        if not ours:
             raise
-        raise cause from None
+        raise ours[0] from None
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """What led to an error, the nearest first, without what Ray wraps around it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if not isinstance(cause, RayTaskError):
+            yield cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
 
 
 def _call(make: Callable[[int], Any], number: int) -> Any:

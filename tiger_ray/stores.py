@@ -16,7 +16,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -94,14 +94,7 @@ def list_inputs(uri: str, suffix: str = ".parquet") -> list[InputFile]:
         DataError: nothing to read there, or a Parquet file of 0 bytes.
         StorageError: the store cannot be reached or read.
     """
-    scheme, path = parse_uri(uri)
-    store: Store
-    if scheme == "s3":
-        bucket, _, key = path.partition("/")
-        store, base = S3Store(bucket, "", TIMEOUT_S), bucket
-    else:
-        key, base = path.lstrip("/"), ""
-        store = LocalStore("/")
+    store, base, key = _input_store(uri)
     found = persist(lambda: store.find(key), _INPUT_DEADLINE_S)
     files, passed_over = [], []
     for file in sorted(found, key=lambda file: file.path):
@@ -118,8 +111,30 @@ def list_inputs(uri: str, suffix: str = ".parquet") -> list[InputFile]:
         raise DataError(f"no {suffix} file at {uri}{others}. Correct the uri, or write the files first")
     for file in files:
         if file.path.endswith(".parquet") and file.bytes == 0:
-            raise DataError(f"{file.path} has 0 bytes, so it is no Parquet file; write it again or remove it")
+            raise DataError(
+                f"{file.path} has 0 bytes, so it is no Parquet file, or is a link to nothing; write it again or remove it"
+            )
     return files
+
+
+def read_input(uri: str, file: InputFile, parse: Callable[[Any], _T]) -> _T:
+    """What `parse` makes of an opened file of `list_inputs`.
+
+    Raises:
+        FileNotFoundError: it is gone.
+        StorageError: the store cannot be reached or read.
+    """
+    store, base, _ = _input_store(uri)
+    return persist(lambda: store.read(file.path.removeprefix(f"{base}/"), parse), _INPUT_DEADLINE_S)
+
+
+def _input_store(uri: str) -> tuple[Store, str, str]:
+    """The store of an input, what its files' paths begin with, and the key of `uri`."""
+    scheme, path = parse_uri(uri)
+    if scheme == "s3":
+        bucket, _, key = path.partition("/")
+        return S3Store(bucket, "", TIMEOUT_S), bucket, key
+    return LocalStore("/"), "", path.lstrip("/")
 
 
 def require_unchanged(uri: str, files: Sequence[InputFile], suffix: str = ".parquet") -> None:
@@ -248,20 +263,34 @@ class LocalStore:
             if top.is_file():
                 paths = [top]
             else:
-                walk = os.walk(top, onerror=_raise_unless_gone)
-                paths = [Path(folder, name) for folder, _, names in walk for name in names]
+                paths = list(_files_below(top))
             found = []
             for path in paths:
-                with suppress(FileNotFoundError):  # another writer's temporary file
+                key = path.relative_to(self.folder).as_posix()
+                try:
                     stat = path.stat()
-                    key = path.relative_to(self.folder).as_posix()
-                    found.append(InputFile(key, stat.st_size, str(stat.st_mtime_ns)))
+                except FileNotFoundError:
+                    if path.is_symlink():
+                        found.append(InputFile(key, 0, "a link to nothing"))
+                    continue  # else another writer's temporary file
+                found.append(InputFile(key, stat.st_size, str(stat.st_mtime_ns)))
         return found
 
     def delete(self, key: str) -> None:
         with _os_errors("delete", self.folder / key):
             (self.folder / key).unlink(missing_ok=True)
             (self.folder / f".{key}.lock").unlink(missing_ok=True)
+
+
+def _files_below(top: Path) -> Iterator[Path]:
+    """All files, also those of linked folders."""
+    walked: dict[str, str] = {}
+    for folder, _, names in os.walk(top, onerror=_raise_unless_gone, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in walked:
+            raise DataError(f"{folder} is the folder {walked[real]} once more, by a link; remove the link")
+        walked[real] = folder
+        yield from (Path(folder, name) for name in names)
 
 
 def _raise_unless_gone(error: OSError) -> None:

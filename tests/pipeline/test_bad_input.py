@@ -15,7 +15,7 @@ import pytest
 import ray
 from worlds import MONDAY, published_dates, run_night, tiny_settings, write
 
-from tiger_ray import training
+from tiger_ray import sequences, training
 from tiger_ray.cluster import connect, require_room
 from tiger_ray.config import RaySettings
 from tiger_ray.errors import DataError, SettingsError, StorageError
@@ -105,6 +105,64 @@ def test_a_file_that_is_no_parquet(bad):
     bad.write()
     (bad.data / "catalog" / "part-00001.parquet").write_text("item_id,title\n1,2\n" * 10)
     bad.assert_refused(r"part-00001\.parquet is not a readable Parquet file \(180 bytes\)")
+
+
+def latin1(column):
+    """Strings as an export in Latin-1 holds them, which no reader of Parquet refuses."""
+    return pa.array([value.encode("latin-1") for value in column.to_pylist()], pa.binary()).view(pa.string())
+
+
+@pytest.mark.parametrize("column", ["item_id", "title"])
+def test_text_of_the_catalog_that_is_not_utf8(bad, column):
+    more = pa.table({"item_id": ["caf\u00e9"], "title": ["Caf\u00e9"]})
+    more = more.set_column(more.schema.get_field_index(column), column, latin1(more.column(column)))
+    write(f"{bad.data}/catalog", CATALOG, more)
+    bad.assert_refused(
+        rf"column '{column}' of .*part-00001\.parquet \(1 rows\) cannot be read: .*UTF8.*; write it again, as UTF-8"
+    )
+
+
+def test_ids_of_events_that_are_not_utf8(bad_events):
+    users = [*EVENTS.column("user_id").to_pylist()[:-1], "caf\u00e9"]
+    wrong = EVENTS.set_column(0, "user_id", latin1(pa.chunked_array([users])))
+    bad_events.write(events=wrong).assert_refused(
+        r"column 'user_id' of .*part-00000\.parquet \(40 rows\) cannot be read: .*UTF8", published=["catalog"]
+    )
+
+
+def test_a_damaged_page_names_its_file(bad_events):
+    bad_events.write()
+    write(f"{bad_events.data}/events", *[EVENTS] * 3)
+    damaged = bad_events.data / "events" / "part-00001.parquet"
+    content = bytearray(damaged.read_bytes())
+    content[4:60] = os.urandom(56)  # the first pages; the footer is at the end
+    damaged.write_bytes(content)
+    bad_events.assert_refused(
+        r"column '.*' of .*part-00001\.parquet \(40 rows\) cannot be read", published=["catalog"]
+    )
+
+
+def test_events_that_are_gone_when_the_histories_are_built(bad_events):
+    bad_events.write()
+    write(f"{bad_events.data}/events", EVENTS, EVENTS)
+    night = bad_events.run("semantic_ids")
+    for number, message in (
+        (1, r"changed while it was read: .*events/part-00001\.parquet, 1 of 1 files"),
+        (0, r"events/part-00000\.parquet is gone since .*events was listed"),
+    ):
+        (bad_events.data / "events" / f"part-0000{number}.parquet").unlink()
+        with pytest.raises(DataError, match=message):
+            sequences.run(night.settings, night.storage, night["events"], night["semantic_ids"])
+
+
+def test_dictionaries_of_any_width_are_read(bad):
+    for number, (width, count) in enumerate([(pa.int8(), 3), (pa.int16(), 300)]):
+        ids = pa.array([f"{number}-{n}" for n in range(count)])
+        titles = pa.DictionaryArray.from_arrays(pa.array(range(count), width), ids)
+        write(f"{bad.data}/catalog/{number}", pa.table({"item_id": titles, "title": titles}))
+    rows = bad.run("catalog").rows("catalog").to_pylist()
+    assert sorted(row["title"] for row in rows) == sorted(row["item_id"] for row in rows)
+    assert len(rows) == 303
 
 
 def test_a_file_of_zero_bytes(bad_events):

@@ -21,8 +21,9 @@ import pytest
 from tiger_ray import storage as storage_module
 from tiger_ray import stores
 from tiger_ray.errors import ArtifactError, DataError, PublishError, SettingsError, StorageError
+from tiger_ray.inputs import read_input_schema
 from tiger_ray.storage import FileEntry, Manifest, Run, Storage, fingerprint
-from tiger_ray.stores import input_filesystem, list_inputs, require_unchanged
+from tiger_ray.stores import InputFile, input_filesystem, list_inputs, require_unchanged
 
 MONDAY, TUESDAY = "2026-11-23", "2026-11-24"
 NIGHT, OTHER = fingerprint({"seed": 1}), fingerprint({"seed": 2})
@@ -765,6 +766,40 @@ def test_no_inputs_or_empty_ones_are_data_errors(root: str) -> None:
 def test_inputs_in_a_missing_bucket_are_a_storage_error(s3_endpoint: str) -> None:
     with pytest.raises(StorageError, match="Bucket no-such-bucket-of-ours does not exist"):
         list_inputs("s3://no-such-bucket-of-ours/events")
+
+
+def test_inputs_behind_links_are_found_and_links_to_nothing_refused(tmp_path: Path) -> None:
+    for key in ("events/a.parquet", "other_disk/b.parquet", "third/c.parquet"):
+        put_object(str(tmp_path), key, parquet_bytes())
+    (tmp_path / "events" / "day=2").symlink_to(tmp_path / "other_disk")
+    (tmp_path / "events" / "c.parquet").symlink_to(tmp_path / "third" / "c.parquet")
+    uri = str(tmp_path / "events")
+    below = [file.path.removeprefix(f"{uri}/") for file in list_inputs(uri)]
+    assert below == ["a.parquet", "c.parquet", "day=2/b.parquet"]
+    (before,) = list_inputs(f"{uri}/c.parquet")
+    put_object(str(tmp_path), "third/c.parquet", parquet_bytes() + b"x")
+    assert list_inputs(f"{uri}/c.parquet") != [before]
+    (tmp_path / "events" / ".lock").symlink_to("nowhere")  # hidden, as editors leave them
+    list_inputs(uri)
+    (tmp_path / "other_disk" / "back").symlink_to(tmp_path / "events")
+    with pytest.raises(DataError, match=r"events/day=2/back is the folder .*events once more, by a link"):
+        list_inputs(uri)
+    (tmp_path / "other_disk" / "back").unlink()
+    (tmp_path / "third" / "c.parquet").unlink()
+    with pytest.raises(DataError, match=r"events/c\.parquet has 0 bytes, .* or is a link to nothing"):
+        list_inputs(uri)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "said"), [(503, "SlowDown", "HTTP status 503"), (403, "AccessDenied", "s3:GetObject")]
+)
+def test_a_footer_that_the_store_refuses_is_no_bad_file(
+    failing_store: Callable[..., Storage], monkeypatch: pytest.MonkeyPatch, status: int, code: str, said: str
+) -> None:
+    monkeypatch.setattr(stores, "_INPUT_DEADLINE_S", 0.0)
+    failing_store(status, code)
+    with pytest.raises(StorageError, match=said):
+        read_input_schema([InputFile("bucket/x/a.parquet", 9, "1")], "s3://bucket/x", {})
 
 
 def test_more_than_a_thousand_inputs_are_all_found(tmp_path: Path, s3_root: str) -> None:
