@@ -148,6 +148,7 @@ class Scorer:
         self.vocabulary = self.decoder.model.vocabulary
         self._sample, self._seed = decoding.sample, settings.seed
         self.popular = storage.read_table(sequences, "popularity.parquet")
+        self._num_events = int(sequences.metadata["events"])  # also of items that are not among these
 
     def recommend(
         self,
@@ -172,16 +173,14 @@ class Scorer:
             item_index, lengths_B, buckets, k, exclude_history=exclude_history, seed_B=seed_B
         )
 
-    def most_popular(
-        self, k: int, counted: str = "events"
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    def most_popular(self, k: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """The k most popular eligible items, (K,), and the natural log of their share of the events, (K,)."""
-        count = self.popular.column(counted).to_numpy()
+        count = self.popular.column("events").to_numpy()
         item_index = self.popular.column("item_index").to_numpy().astype(np.int64)
         # Ties go by index: the file's own order counts events that the evaluation must not see.
         order = np.lexsort((item_index, -count))
         order = order[self.ids.eligible_N[item_index[order]] & (count[order] > 0)][:k]
-        return item_index[order], np.log(count[order] / max(int(count.sum()), 1)).astype(np.float32)
+        return item_index[order], np.log(count[order] / max(self._num_events, 1)).astype(np.float32)
 
 
 def _compute(
@@ -272,9 +271,12 @@ class _RedateShard:
 
     def __call__(self, shard: FileEntry) -> FileEntry:
         table = self._storage.read_table(self._twin, shard)
+        parts = [
+            min(self._group_rows, table.num_rows - at) for at in range(0, table.num_rows, self._group_rows)
+        ]
         for name, value in self._values.items():
             place = table.schema.get_field_index(name)
-            repeated = pa.repeat(value, table.num_rows)
+            repeated = pa.chunked_array([pa.repeat(value, rows) for rows in parts], pa.string())
             table = table.set_column(place, table.schema.field(name), repeated)
         return self._run.write_table(shard.name, table, shard.facts, self._group_rows)
 

@@ -120,7 +120,7 @@ def make_world(
             storage,
             "sequences",
             {"popularity.parquet": popularity.cast(schemas.popularity())},
-            {"user_id_type": str(id_type)},
+            {"user_id_type": str(id_type), "events": 125},  # 25 of items that are not popular
             inputs={"semantic_ids": registry_of(ids).digest},
         ),
     }
@@ -237,7 +237,7 @@ def test_a_history_without_a_known_item_gets_popular_items(
     assert answer["source"] == "fallback"
     assert answer["unknown_items"] == len(history)
     assert [item["item_id"] for item in answer["items"]] == [world.item_ids[item] for item in (7, 1, 0, 2)]
-    expected = np.log(np.array([50, 10, 8, 2]) / 100)
+    expected = np.log(np.array([50, 10, 8, 2]) / 125)
     np.testing.assert_allclose([item["score"] for item in answer["items"]], expected, rtol=1e-6)
     assert answer["reason"] == "too_few_popular_items"
 

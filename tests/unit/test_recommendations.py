@@ -19,7 +19,7 @@ def test_a_copied_file_differs_by_date_and_versions_alone(tmp_path):
     entry = run.write_table("shard-00000.parquet", rows("2026-11-23", "m1", "s1"), {"users": 2})
     tonight = storage.begin("recommendations", "1" * 64)
     values = {"date": "2026-11-24", "model_version": "m2", "semantic_ids_version": "s2"}
-    copied = _RedateShard(tonight, storage, run.as_manifest([entry]), values, 10)(entry)
+    copied = _RedateShard(tonight, storage, run.as_manifest([entry]), values, 1)(entry)
     assert tonight.read_table(copied).equals(rows("2026-11-24", "m2", "s2"))
     assert copied.facts == {"users": 2}
 
