@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
+from tiger_ray import schemas
 from tiger_ray.config import EventsSettings, Settings
 from tiger_ray.errors import DataError
 from tiger_ray.inputs import blamed, id_type, read_columns, read_input_schema
@@ -83,7 +84,7 @@ def catalog_item_ids(storage: Storage, catalog: Manifest) -> ray.ObjectRef:
 
     def gather() -> pa.ChunkedArray:
         tables = [storage.read_table(catalog, entry.name, columns=["item_id"]) for entry in catalog.files]
-        return pa.concat_tables(tables).column("item_id")
+        return schemas.wide(pa.concat_tables(tables).column("item_id"))
 
     return ray.remote(gather).remote()
 

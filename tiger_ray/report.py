@@ -81,7 +81,7 @@ def _examples(
     for user_id, history in zip(
         users.column("user_id").to_pylist(), users.column("history").to_pylist(), strict=True
     ):
-        last = item_ids.take(pa.array(history[-NUM_LAST:])).to_pylist()
+        last = [item_ids[index].as_py() for index in history[-NUM_LAST:]]  # `take` would copy all ids
         own = rows.filter(
             pc.equal(rows.column("user_id"), pa.scalar(user_id, rows.schema.field("user_id").type))
         )

@@ -133,6 +133,11 @@ def recommendations_long(user_id_type: pa.DataType, item_id_type: pa.DataType) -
     )
 
 
+def wide(ids: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """Ids ready to be taken as one array: text with offsets of 64 bits, because a catalog's may exceed 2 GiB."""
+    return ids.cast(pa.large_string()) if pa.types.is_string(ids.type) else ids
+
+
 def matrix_of(column: pa.ChunkedArray) -> npt.NDArray[Any]:
     """A column of fixed-size lists without nulls as a matrix, one row per row."""
     values = column.combine_chunks()

@@ -19,10 +19,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tiger_ray import schemas
 from tiger_ray.config import SemanticIdsSettings
 from tiger_ray.errors import ArtifactError, CollisionError, DataError, QualityError
 from tiger_ray.hashing import stable_hash
-from tiger_ray.schemas import ID_TYPES
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,11 +95,10 @@ class SemanticIds:
         Raises:
             DataError: the ids are numbers and the registry's are text, or the other way round.
         """
-        if item_id.type != self.item_id.type:
-            if pa.types.is_integer(item_id.type) or pa.types.is_integer(self.item_id.type):
-                raise type_error(item_id.type, self.item_id.type)
-            item_id = item_id.cast(self.item_id.type)
-        found = pc.index_in(item_id, value_set=self.item_id, skip_nulls=True)
+        types = item_id.type, self.item_id.type
+        if types[0] != types[1] and any(map(pa.types.is_integer, types)):
+            raise type_error(*types)
+        found = pc.index_in(schemas.wide(item_id), value_set=schemas.wide(self.item_id), skip_nulls=True)
         return np.asarray(pc.fill_null(found, -1).to_numpy(), np.int32)
 
     def item_ids(self, item_index: np.ndarray) -> pa.Array:
@@ -182,9 +181,9 @@ def registration_order(item_id: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.in
     Raises:
         DataError: an id is null, comes twice, or is of a type that ids cannot have.
     """
-    if item_id.type not in ID_TYPES:
+    if item_id.type not in schemas.ID_TYPES:
         raise DataError(
-            f"item_id must be {', '.join(map(str, ID_TYPES))}, not {item_id.type}; see catalog.item_id"
+            f"item_id must be {', '.join(map(str, schemas.ID_TYPES))}, not {item_id.type}; see catalog.item_id"
         )
     if isinstance(item_id, pa.ChunkedArray):
         item_id = item_id.combine_chunks()

@@ -258,10 +258,7 @@ def _moments(settings: SequencesSettings, unit: str) -> tuple[int, int] | None:
 
 def _item_table(storage: Storage, semantic_ids: Manifest, ties: str, seed: int) -> pa.Table:
     """item_id and tie (int32 rank that decides between equal timestamps), in the order of item_index."""
-    item_id = load_semantic_ids(storage, semantic_ids).item_id
-    if pa.types.is_string(item_id.type):
-        item_id = item_id.cast(pa.large_string())  # those of all nights in one array may exceed 2 GiB
-    item_id = item_id.combine_chunks()
+    item_id = schemas.wide(load_semantic_ids(storage, semantic_ids).item_id).combine_chunks()
     if ties == "shuffled":
         order = np.argsort(stable_hash(item_id) ^ np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64), kind="stable")
     else:
