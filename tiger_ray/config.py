@@ -681,7 +681,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         values = yaml.load(text, _Loader) or {}
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a day like 2014-02-30
-        raise SettingsError(f"settings file {file} is not YAML: {error}") from None
+        hint = "; within braces or brackets, '${NAME}' needs its quotes" if "${" in text else ""
+        raise SettingsError(f"settings file {file} is not YAML: {error}{hint}") from None
     if not isinstance(values, dict):
         raise SettingsError(
             f"settings file {file} must hold sections like `storage:`, not a {type(values).__name__}"

@@ -248,6 +248,11 @@ def test_a_key_that_comes_twice_is_refused_with_both_lines(night, yaml, message)
         night(yaml)
 
 
+def test_an_environment_variable_within_braces_needs_quotes_and_the_error_says_so(night):
+    with pytest.raises(SettingsError, match=r"is not YAML(.|\n)*'\$\{NAME\}' needs its quotes"):
+        night("model: {num_layers: ${TIGER_TEST_COUNT}}\n")
+
+
 @pytest.mark.parametrize("word", ["--quantizer.level_sizes=[64,64", '--catalog.text=Sub "x'])
 def test_a_list_that_does_not_end_is_refused(night, word):
     with pytest.raises(SettingsError, match=r"command line: .*write a list as"):
