@@ -151,9 +151,8 @@ def blamed(files: Sequence[InputFile], uri: str, columns: Iterable[str]) -> Iter
         raise
     except Exception as error:
         require_unchanged(uri, files)
-        found = next(
-            (cause for cause in causes(error) if isinstance(cause, pa.ArrowException | OSError)), None
-        )
+        of_input = pa.ArrowException, OSError, UnicodeDecodeError
+        found = next((cause for cause in causes(error) if isinstance(cause, of_input)), None)
         if found is None:
             raise
         with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
@@ -177,6 +176,8 @@ def _damage(file: InputFile, uri: str, columns: Iterable[str]) -> str | None:
                 for batch in parquet.iter_batches(columns=[column]):
                     batch.validate(full=True)
             except (pa.ArrowException, OSError) as error:
+                if isinstance(error, OSError) and (error.errno is not None or "AWS Error" in str(error)):
+                    raise  # the store's, not the file's
                 return f"column {column!r} of {file.path} ({parquet.metadata.num_rows:,} rows) cannot be read: {error}"
         return None
 

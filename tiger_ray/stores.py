@@ -96,24 +96,27 @@ def list_inputs(uri: str, suffix: str = ".parquet") -> list[InputFile]:
     """
     store, base, key = _input_store(uri)
     found = persist(lambda: store.find(key), _INPUT_DEADLINE_S)
-    files, passed_over = [], []
+    files, passed_over, read = [], [], set()
     for file in sorted(found, key=lambda file: file.path):
         below = file.path[len(key) :].lstrip("/")  # empty if the uri names this very file
         hidden = any(part.startswith(("_", ".")) for part in below.split("/"))
         if file.path.endswith("/"):
             continue  # a marker that some tools write for a folder
-        if hidden or (below and not below.endswith(suffix)):
+        if file.version == _LINK_TO_NOTHING and not hidden:
+            raise DataError(f"{base}/{file.path} is a link to nothing; mend it or remove it")
+        # by a link, one file may lie there under two names
+        real = os.path.realpath(f"/{file.path}") if isinstance(store, LocalStore) else file.path
+        if hidden or real in read or (below and not below.endswith(suffix)):
             passed_over.append(below)
         else:
+            read.add(real)
             files.append(InputFile(f"{base}/{file.path}", file.bytes, file.version))
     if not files:
         others = f"; other files are there, such as {passed_over[0]!r}" if passed_over else ""
         raise DataError(f"no {suffix} file at {uri}{others}. Correct the uri, or write the files first")
     for file in files:
         if file.path.endswith(".parquet") and file.bytes == 0:
-            raise DataError(
-                f"{file.path} has 0 bytes, so it is no Parquet file, or is a link to nothing; write it again or remove it"
-            )
+            raise DataError(f"{file.path} has 0 bytes, so it is no Parquet file; write it again or remove it")
     return files
 
 
@@ -219,6 +222,10 @@ def open_store(root: str, timeout_s: float) -> Store:
     return S3Store(bucket, prefix, timeout_s)
 
 
+_LINK_TO_NOTHING = "a link to nothing"
+"""Version of a file that is none."""
+
+
 class LocalStore:
     """A folder; writes are a temporary file plus a rename or a hard link."""
 
@@ -271,7 +278,7 @@ class LocalStore:
                     stat = path.stat()
                 except FileNotFoundError:
                     if path.is_symlink():
-                        found.append(InputFile(key, 0, "a link to nothing"))
+                        found.append(InputFile(key, 0, _LINK_TO_NOTHING))
                     continue  # else another writer's temporary file
                 found.append(InputFile(key, stat.st_size, str(stat.st_mtime_ns)))
         return found
@@ -282,20 +289,20 @@ class LocalStore:
             (self.folder / f".{key}.lock").unlink(missing_ok=True)
 
 
-def _files_below(top: Path) -> Iterator[Path]:
-    """All files, also those of linked folders."""
-    walked: dict[str, str] = {}
-    for folder, _, names in os.walk(top, onerror=_raise_unless_gone, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in walked:
-            raise DataError(f"{folder} is the folder {walked[real]} once more, by a link; remove the link")
-        walked[real] = folder
-        yield from (Path(folder, name) for name in names)
-
-
-def _raise_unless_gone(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise error
+def _files_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """All files, also those of linked folders, but not a second time where a link leads back."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        entries = list(os.scandir(folder))
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        if entry.is_dir():
+            yield from _files_below(Path(entry.path), (*above, real))
+        else:
+            yield Path(entry.path)
 
 
 @contextmanager

@@ -779,15 +779,22 @@ def test_inputs_behind_links_are_found_and_links_to_nothing_refused(tmp_path: Pa
     (before,) = list_inputs(f"{uri}/c.parquet")
     put_object(str(tmp_path), "third/c.parquet", parquet_bytes() + b"x")
     assert list_inputs(f"{uri}/c.parquet") != [before]
-    (tmp_path / "events" / ".lock").symlink_to("nowhere")  # hidden, as editors leave them
-    list_inputs(uri)
+    # under two names, behind a hidden name, in a circle, and hidden ones to nothing, as editors leave them
+    (tmp_path / "events" / "latest").symlink_to("day=2")
+    (tmp_path / "events" / "_current").symlink_to("day=2")
     (tmp_path / "other_disk" / "back").symlink_to(tmp_path / "events")
-    with pytest.raises(DataError, match=r"events/day=2/back is the folder .*events once more, by a link"):
-        list_inputs(uri)
-    (tmp_path / "other_disk" / "back").unlink()
-    (tmp_path / "third" / "c.parquet").unlink()
-    with pytest.raises(DataError, match=r"events/c\.parquet has 0 bytes, .* or is a link to nothing"):
-        list_inputs(uri)
+    (tmp_path / "events" / ".lock").symlink_to("nowhere")
+    assert [file.path.removeprefix(f"{uri}/") for file in list_inputs(uri)] == below
+    (tmp_path / "events" / "_runs" / "17").mkdir(parents=True)
+    (tmp_path / "events" / "_runs" / "17" / "d.parquet").write_bytes(parquet_bytes())
+    (tmp_path / "events" / "of_run").symlink_to("_runs/17")
+    found = [file.path.removeprefix(f"{uri}/") for file in list_inputs(uri)]
+    assert found == [*below, "of_run/d.parquet"]
+    for name in ("day=3", "e.parquet"):
+        (tmp_path / "events" / name).symlink_to("nowhere")
+        with pytest.raises(DataError, match=rf"/events/{name} is a link to nothing; mend it or remove it"):
+            list_inputs(uri)
+        (tmp_path / "events" / name).unlink()
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,13 @@ import re
 import threading
 
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 
+from tiger_ray import stores
 from tiger_ray.errors import DataError, StorageError
-from tiger_ray.inputs import blamed, id_type, read_input_schema
+from tiger_ray.inputs import _damage, blamed, id_type, read_input_schema
 from tiger_ray.stores import list_inputs
 
 
@@ -87,3 +89,22 @@ def test_an_error_that_is_not_the_inputs_is_raised_as_itself(tmp_path):
         raise ZeroDivisionError("ours")
     with pytest.raises(DataError, match=r"changed while it was read"), blamed(files, uri, ["item_id"]):
         pass
+
+
+def test_a_store_that_throttles_while_damage_is_looked_for_is_asked_again(tmp_path, monkeypatch):
+    (tmp_path / "bucket").mkdir()
+    pq.write_table(pa.table({"item_id": ["a"]}), tmp_path / "bucket" / "a.parquet")
+    store = stores.S3Store("bucket", "", 1.0)
+    store._filesystem = pa.fs.SubTreeFileSystem(str(tmp_path), pa.fs.LocalFileSystem())
+    monkeypatch.setattr(stores, "_input_store", lambda uri: (store, "bucket", ""))
+    answers = iter([OSError("AWS Error SLOW_DOWN during GetObject operation (HTTP status 503)")])
+    read = pq.ParquetFile.iter_batches
+
+    def throttled(*args, **more):
+        for error in answers:
+            raise error
+        return read(*args, **more)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", throttled)
+    assert _damage(stores.InputFile("bucket/a.parquet", 1, "1"), "s3://bucket", ["item_id"]) is None
+    assert next(answers, None) is None
