@@ -58,6 +58,7 @@ def job_users_per_s(root: str, users: Users) -> tuple[float, float]:
     import ray
 
     from tiger_ray import recommendations
+    from tiger_ray.registry import registry_of
     from tiger_ray.storage import Storage
 
     settings = Settings(
@@ -69,7 +70,10 @@ def job_users_per_s(root: str, users: Users) -> tuple[float, float]:
         recommendations={"top_k": BEAM_WIDTH},
         serving={"max_k": BEAM_WIDTH},
     )
-    inputs = {name: publish(Storage(root), name, *planted) for name, planted in planted_inputs(users).items()}
+    inputs: dict[str, Any] = {}
+    for name, planted in planted_inputs(users).items():
+        made_of = {"semantic_ids": registry_of(inputs["semantic_ids"]).digest} if name == "sequences" else {}
+        inputs[name] = publish(Storage(root), name, *planted, made_of)
     start = time.monotonic()
     manifest = recommendations.run(settings, Storage(root), **inputs).manifest
     seconds = time.monotonic() - start
@@ -105,12 +109,13 @@ def planted_inputs(users: Users) -> dict[str, tuple[dict[str, Any], dict[str, An
         "space": "planted",
         "level_sizes": list(model.vocabulary.level_sizes),
         "item_id_type": "int64",
+        "items": len(codes_NI),
         "eligible": len(codes_NI),
     }
     return {
         "model": (model.to_files(), {"space": "planted", "holdout": "none"}),
         "semantic_ids": (ids, ids_facts),
-        "sequences": (sequences, {"users": len(users[1]), "user_id_type": "int64"}),
+        "sequences": (sequences, {"users": len(users[1]), "events": len(users[0]), "user_id_type": "int64"}),
     }
 
 
@@ -121,7 +126,9 @@ def table_of(columns: list[Any], schema: pa.Schema) -> pa.Table:
     )
 
 
-def publish(storage: Any, artifact: str, files: dict[str, Any], metadata: dict[str, Any]) -> Any:
+def publish(
+    storage: Any, artifact: str, files: dict[str, Any], metadata: dict[str, Any], inputs: dict[str, str]
+) -> Any:
     """Tables and bytes as a published artifact."""
     run = storage.begin(artifact, f"planted-{artifact}")
     entries = [
@@ -129,4 +136,4 @@ def publish(storage: Any, artifact: str, files: dict[str, Any], metadata: dict[s
         for name, file in files.items()
     ]
     facts = {"summary": "planted", **metadata}
-    return storage.publish(run, date="2026-01-01", files=entries, settings={}, inputs={}, metadata=facts)
+    return storage.publish(run, date="2026-01-01", files=entries, settings={}, inputs=inputs, metadata=facts)
