@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,11 @@ def test_refused_checkpoints_end_training_clearly_and_the_same_command_goes_on(
     )
     model = training.run()
     assert refusing.written == 1, "only the checkpoint of step 40"
-    assert "TensorBoard's file of step 40 could not be written" in capfd.readouterr().out
+    said, give_up = "", time.monotonic() + 30  # what a worker prints may come after its work has ended
+    while "TensorBoard's file of step 40 could not be written" not in said:
+        assert time.monotonic() < give_up, said
+        time.sleep(0.1)
+        said += capfd.readouterr().out
     curve = json.loads(Storage(training.root).read_file(model, "curve.json"))
     assert [point["step"] for point in curve["points"]] == [10, 20, 30, 40]
     assert curve["points"][:3] == state["curve"]

@@ -105,13 +105,13 @@ def test_a_model_of_another_shape_is_no_warm_start(night: Night, night_root: str
 
 def test_a_model_of_another_id_space_is_no_warm_start(night: Night, night_root: str) -> None:
     settings = settings_of(night, night_root, TUESDAY, quantizer={"version": 2, "level_sizes": [12, 12, 12]})
-    other = run_night(settings, until="semantic_ids")
+    other = run_night(settings, until="sequences")
     with pytest.raises(
         ArtifactError,
         match=rf"training\.warm_start: the model of {MONDAY} writes Semantic IDs of ID space .*, tonight's "
         r"are of .*\. Set training\.warm_start to false",
     ) as refused:
-        training.run(settings, other.storage, night["sequences"], other["semantic_ids"])
+        training.run(settings, other.storage, other["sequences"], other["semantic_ids"])
     assert refused.value.exit_code == 3
     assert ("model", TUESDAY) not in published_dates(other.storage)
 
