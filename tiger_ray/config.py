@@ -679,7 +679,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise SettingsError(f"cannot read settings file {file}: {error.strerror}") from None
     try:
-        values = yaml.load(text, _Loader) or {}
+        values = _Loader(text).get_single_data() or {}
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a day like 2014-02-30
         hint = "; within braces or brackets, '${NAME}' needs its quotes" if "${" in text else ""
         raise SettingsError(f"settings file {file} is not YAML: {error}{hint}") from None

@@ -25,6 +25,7 @@ ORDER = (
     "stage",
     "shards",
     "workers",
+    "inputs",
     "catalog",
     "events",
     "embeddings",
