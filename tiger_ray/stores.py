@@ -91,7 +91,7 @@ def list_inputs(uri: str, suffix: str = ".parquet") -> list[InputFile]:
         suffix: other files of a folder are passed over, and so is every name that starts with `_` or `.`.
 
     Raises:
-        DataError: nothing to read there, or a Parquet file of 0 bytes.
+        DataError: nothing to read there, a Parquet file of 0 bytes, or a link to nothing.
         StorageError: the store cannot be reached or read.
     """
     store, base, key = _input_store(uri)

@@ -162,9 +162,18 @@ def test_the_quality_gate_publishes_no_recommendations(night, night_root, world)
 
 
 def test_the_gate_holds_what_was_measured_whatever_k_is_set_by_now(night):
-    evaluation = night.settings.evaluation.model_copy(update={"ks": (5, 20)})
-    settings = night.settings.model_copy(update={"evaluation": evaluation})
-    require_quality(settings, night.storage, night["evaluation"])
+    assert set(night["evaluation"].settings["evaluation"]["ks"]) == {5, 10}
+    measured = night["evaluation"].metadata
+    better = measured["model"]["ndcg@10"] / measured["popularity"]["ndcg@10"]
+
+    def asking_for(ratio):
+        changed = {"ks": (5, 20), "min_ratio_to_popularity": ratio}
+        evaluation = night.settings.evaluation.model_copy(update=changed)
+        return night.settings.model_copy(update={"evaluation": evaluation})
+
+    assert require_quality(asking_for(better * 0.999), night.storage, night["evaluation"]) is None
+    with pytest.raises(QualityError, match=rf"ndcg@10 is {measured['model']['ndcg@10']:.4f}, popularity has"):
+        require_quality(asking_for(better * 1.001), night.storage, night["evaluation"])
 
 
 def test_a_night_much_worse_than_the_last_published_one_is_refused(night):
