@@ -6,7 +6,7 @@ export RAY_AUTH_MODE ?= disabled
 # Hundreds of processes import the same modules, and without a cache on disk each compiles them again.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-cluster test-pipeline test-unit unit lint results clean
+.PHONY: demo test test-cluster test-ray test-unit unit lint results clean
 
 demo: demo/data/plant.json
 	$(BIN)/python jobs/nightly.py --config jobs/demo.yaml --date $(DATE)
@@ -16,20 +16,21 @@ demo/data/plant.json: .venv/base
 
 # Two parts at a time, the longest first: with three clusters of Ray on two cores, one may not start within its time.
 test:
-	$(MAKE) --no-print-directory --output-sync=target -j2 test-cluster lint test-pipeline test-unit
+	$(MAKE) --no-print-directory --output-sync=target -j2 test-cluster lint test-ray test-unit
 
 test-cluster: .venv/test
-	$(BIN)/python -m pytest tests/cluster --durations 15
+	$(BIN)/python -m pytest -m cluster --durations 15
 
-test-pipeline: .venv/test
-	$(BIN)/python -m pytest tests/pipeline --ignore tests/pipeline/test_serving.py --durations 30
-	$(BIN)/python -m pytest tests/pipeline/test_serving.py
+test-ray: .venv/test
+	$(BIN)/python -m pytest -m "ray and not serve" --durations 30
+	$(BIN)/python -m pytest -m serve
 
+# Tiny tensors: a second thread costs more than it brings.
 test-unit: .venv/test
-	$(BIN)/python -m pytest tests/models tests/repository tests/storage tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ray and not cluster"
 
 unit: .venv/test
-	$(BIN)/python -m pytest tests/unit --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ray and not cluster" --numprocesses 2
 
 lint: .venv/test
 	$(BIN)/ruff check .

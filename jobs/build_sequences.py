@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tiger_ray.job import run_job
+from tiger_ray.cli.job import run_job
 
 if TYPE_CHECKING:
-    from tiger_ray.config import Settings
-    from tiger_ray.storage import Storage
+    from tiger_ray.artifacts.storage import Storage
+    from tiger_ray.settings.settings import Settings
 
 
 def main(settings: Settings, storage: Storage) -> None:
-    from tiger_ray import events, sequences
+    from tiger_ray.stages import events, sequences
 
     checked = events.run(settings, storage, storage.resolve("catalog", settings.date)).manifest
     sequences.run(settings, storage, checked, storage.resolve("semantic_ids", settings.date))

@@ -24,8 +24,8 @@ BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
 
 def main() -> None:
-    from tiger_ray import comparison
-    from tiger_ray.storage import Storage
+    from tiger_ray.artifacts.storage import Storage
+    from tiger_ray.report import comparison
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("roots", nargs="+", metavar="NAME=ROOT[@DATE]", help="data set and its storage.root")

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tiger_ray.job import run_job
+from tiger_ray.cli.job import run_job
 
 if TYPE_CHECKING:
-    from tiger_ray.config import Settings
-    from tiger_ray.storage import Storage
+    from tiger_ray.artifacts.storage import Storage
+    from tiger_ray.settings.settings import Settings
 
 
 def main(settings: Settings, storage: Storage) -> None:
-    from tiger_ray import recommendations
+    from tiger_ray.stages import gate, recommendations
 
     inputs = [storage.resolve(name, settings.date) for name in ("model", "semantic_ids", "sequences")]
-    recommendations.require_evaluated(settings, storage, inputs[0])
+    gate.require_evaluated(settings, storage, inputs[0])
     recommendations.run(settings, storage, *inputs)
 
 

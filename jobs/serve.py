@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tiger_ray.job import run_job
+from tiger_ray.cli.job import run_job
 
 if TYPE_CHECKING:
-    from tiger_ray.config import Settings
-    from tiger_ray.storage import Storage
+    from tiger_ray.artifacts.storage import Storage
+    from tiger_ray.settings.settings import Settings
 
 
 def main(settings: Settings, storage: Storage) -> None:
-    from tiger_ray import serving
+    from tiger_ray.serving import app as serving
 
     inputs = [storage.resolve(name, settings.date) for name in ("model", "semantic_ids", "sequences")]
     serving.run(settings, storage, *inputs)

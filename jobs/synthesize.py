@@ -6,8 +6,8 @@ python jobs/synthesize.py --out demo/data --items 800 --users 4000 --seed 7
 import argparse
 import sys
 
-from tiger_ray import synthetic
 from tiger_ray.errors import TigerError
+from tiger_ray.synthetic import world as synthetic
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""What every test may use: an S3 server on loopback, and credentials that are good for nothing else."""
+"""Fixtures of every test: an S3 server on loopback, and credentials that are good for nothing else."""
 
 import multiprocessing
 import os
@@ -9,12 +9,23 @@ from typing import Any
 import boto3
 import pytest
 
-from tiger_ray.cluster import IDLE_MS, IDLE_VARIABLE
+from tiger_ray.cluster.connect import IDLE_MS, IDLE_VARIABLE
+
+pytest_plugins = ["tests.night_fixtures", "tests.cluster_fixtures"]
 
 # Forked from a server that has done the slow imports, processes of torch.distributed begin at once.
-multiprocessing.set_forkserver_preload(["torch.distributed", "tiger_ray.validation"])
+multiprocessing.set_forkserver_preload(
+    ["torch.distributed", "tiger_ray.training.validation", "tiger_ray.stages.quantizer"]
+)
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault(IDLE_VARIABLE, str(IDLE_MS))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A whole night is the setup of the first test with Ray; on a busy machine it takes minutes."""
+    for item in items:
+        if item.get_closest_marker("ray") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(1200))
 
 
 class S3Faults:

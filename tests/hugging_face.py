@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from tiger_ray.model import TigerModel
-from tiger_ray.tokens import PAD, Vocabulary
+from tiger_ray.model.t5 import TigerModel
+from tiger_ray.model.tokens import PAD, Vocabulary
 
 if TYPE_CHECKING:  # each process that collects tests would wait three seconds for it
     from transformers import T5ForConditionalGeneration

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from tiger_ray.config import ModelSettings
-from tiger_ray.model import TigerModel
-from tiger_ray.tokens import PAD, Vocabulary
+from tiger_ray.model.t5 import TigerModel
+from tiger_ray.model.tokens import PAD, Vocabulary
+from tiger_ray.settings.model import ModelSettings
 
 VOCABULARY = Vocabulary((6, 5, 4), num_user_buckets=3)
 

@@ -1,20 +1,27 @@
-"""tiger_ray: catalog and events in, recommendations of every user out, by generative retrieval on Ray.
+"""tiger_ray: catalog and events in, recommendations for every user out, by generative retrieval on Ray.
 
-    catalog      items -> one clean text each
-    events       events -> checked and pinned
-    embeddings   text -> vectors, in Ray Data actors
-    quantizers   vectors -> codewords (registry fits one and keeps it)
-    semantic_ids codewords -> Semantic IDs, unique and append-only
-    sequences    events -> one history per user
-    training     histories -> model, by one worker or several of Ray Train
-    beam_search  model + trie -> ranked valid items
-    recommendations  users -> top-K rows in Parquet; the same decoding, evaluated
+The rooms, from the ground up; a room imports only from rooms above it in this list:
 
-`jobs/nightly.py` runs these in order. Every stage has a function `run(settings, storage, ...)`.
+    core        hashing, arrays, precision, memory
+    settings    one file per section, checked before anything runs
+    artifacts   what lies on disk, and how it becomes true: stores, manifests, runs, publishing, lineage
+    data        what users bring: input files, item text, events, histories
+    ids         text -> vectors -> codewords -> Semantic IDs
+    model       the networks: TIGER's T5, and SASRec
+    decoding    model + trie -> ranked valid items
+    rankers     everything that ranks items for a history, behind one interface
+    evaluation  metrics with intervals
+    training    examples, loop, validation, checkpoints
+    published   artifacts of a night, read without Ray
+    cluster     Ray: shards over Ray Data, workers of Ray Train
+    stages      one file per artifact, and the order of the night
+    report      what people read
+    serving     the optional endpoint
+    cli         the command line
 """
 
-from tiger_ray.config import Settings, load_settings
 from tiger_ray.errors import TigerError
+from tiger_ray.settings import Settings, load_settings
 
 __all__ = ["Settings", "TigerError", "load_settings"]
 __version__ = "0.1.0"

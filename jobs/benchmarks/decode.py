@@ -38,11 +38,12 @@ from planted import (
 from results import Claims, chosen_parts, parser_of, run_parts
 from turns import CORES, DTYPES, FASTEST, ROUNDS, alternate, fastest, ratios
 
-from tiger_ray.beam_search import Decoder, keep_freed_memory
-from tiger_ray.config import DecodingSettings
-from tiger_ray.model import TigerModel
-from tiger_ray.tokens import pad_histories
-from tiger_ray.trie import Trie
+from tiger_ray.core.memory import keep_freed_memory
+from tiger_ray.decoding.decoder import Decoder
+from tiger_ray.decoding.trie import Trie
+from tiger_ray.model.t5 import TigerModel
+from tiger_ray.model.tokens import pad_histories
+from tiger_ray.settings.decoding import DecodingSettings
 
 MANY = 10_000_000
 # inter_threads and batch size; one translator of two threads and batches by tokens were slower

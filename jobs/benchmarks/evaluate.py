@@ -21,8 +21,8 @@ from planted import BEAUTY_ITEMS, beauty_users
 from results import Claims
 from turns import ROUNDS, ratios
 
-from tiger_ray import evaluation
-from tiger_ray.evaluation import COLD, Exposure
+from tiger_ray.evaluation import metrics as evaluation
+from tiger_ray.evaluation.metrics import COLD, Exposure
 
 USERS, MANY_USERS, USERS_PER_SHARD = 22_363, 1_000_000, 25_000
 PLACES, KS, EDGES = 50, (5, 10, 50), (5, 10, 20)

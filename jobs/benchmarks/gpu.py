@@ -25,17 +25,22 @@ import torch
 from planted import Users, beauty_examples, first, full_users, planted_codes, planted_decoder, planted_model
 from results import Claims, chosen_parts, parser_of, run_parts
 
-from tiger_ray import evaluation
-from tiger_ray.beam_search import Decoder, ranges
-from tiger_ray.checkpoints import Progress
-from tiger_ray.config import DecodingSettings, ModelSettings, TrainingSettings
-from tiger_ray.examples import Examples
-from tiger_ray.histories import HELD_OUT
-from tiger_ray.model import TigerModel
-from tiger_ray.optimization import BATCH_TOKENS, fit, make_optimizer, tiger_task, tokens_of
-from tiger_ray.tokens import Vocabulary, pad_histories
-from tiger_ray.training_log import TrainingLog, measured_peak
-from tiger_ray.validation import BeamRanker, Validation
+from tiger_ray.core.arrays import ranges
+from tiger_ray.data.histories import HELD_OUT
+from tiger_ray.decoding.decoder import Decoder
+from tiger_ray.evaluation import metrics as evaluation
+from tiger_ray.model.t5 import TigerModel
+from tiger_ray.model.tokens import Vocabulary, pad_histories
+from tiger_ray.rankers.tiger import BeamRanker
+from tiger_ray.settings.decoding import DecodingSettings
+from tiger_ray.settings.model import ModelSettings
+from tiger_ray.settings.training import TrainingSettings
+from tiger_ray.training.checkpoints import Progress
+from tiger_ray.training.collate import tiger_task, tokens_of
+from tiger_ray.training.examples import Examples
+from tiger_ray.training.log import TrainingLog, measured_peak
+from tiger_ray.training.loop import BATCH_TOKENS, fit, make_optimizer
+from tiger_ray.training.validation import Validation
 
 ROUNDS = 5
 PAPER_STEPS, PAPER_BATCH = 200_000, 256
@@ -216,9 +221,9 @@ class World:
 
 def export(root: str, date: str, file: Path) -> None:
     """Write the world of a published night, leave-one-out and everything in one file."""
-    from tiger_ray.histories import user_shards
-    from tiger_ray.registry import load_semantic_ids
-    from tiger_ray.storage import Storage
+    from tiger_ray.artifacts.storage import Storage
+    from tiger_ray.data.histories import user_shards
+    from tiger_ray.published.semantic_ids import load_semantic_ids
 
     storage = Storage(root)
     sequences = storage.resolve("sequences", date)

@@ -12,13 +12,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from tiger_ray import semantic_ids
-from tiger_ray.beam_search import Decoder
-from tiger_ray.config import DecodingSettings, ModelSettings
-from tiger_ray.examples import Examples
-from tiger_ray.histories import HELD_OUT
-from tiger_ray.model import TigerModel
-from tiger_ray.tokens import Vocabulary
+from tiger_ray.data.histories import HELD_OUT
+from tiger_ray.decoding.decoder import Decoder
+from tiger_ray.ids import semantic_ids
+from tiger_ray.model.t5 import TigerModel
+from tiger_ray.model.tokens import Vocabulary
+from tiger_ray.settings.decoding import DecodingSettings
+from tiger_ray.settings.model import ModelSettings
+from tiger_ray.training.examples import Examples
 
 BEAUTY_ITEMS = 12_101
 DISAMBIGUATORS = 256

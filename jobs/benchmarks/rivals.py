@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
-from tiger_ray.model import EPSILON, TigerModel
-from tiger_ray.tokens import PAD
+from tiger_ray.model.t5 import EPSILON, TigerModel
+from tiger_ray.model.tokens import PAD
 
 END = "</s>"
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from planted import Users, first, planted_codes, planted_decoder, planted_model
 
-from tiger_ray.config import Settings
+from tiger_ray.settings.settings import Settings
 
 CORES = len(os.sched_getaffinity(0))
 BEAM_WIDTH, PRECISION, NUM_SHARDS = 10, "bf16", 8
@@ -57,9 +57,9 @@ def job_users_per_s(root: str, users: Users) -> tuple[float, float]:
     """Users per second of the whole stage, and from the moment on that every worker has finished a shard."""
     import ray
 
-    from tiger_ray import recommendations
-    from tiger_ray.registry import registry_of
-    from tiger_ray.storage import Storage
+    from tiger_ray.artifacts.lineage import registry_of
+    from tiger_ray.artifacts.storage import Storage
+    from tiger_ray.stages import recommendations
 
     settings = Settings(
         date="2026-01-01",
@@ -87,7 +87,8 @@ def job_users_per_s(root: str, users: Users) -> tuple[float, float]:
 
 def planted_inputs(users: Users) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """Files and metadata of the artifacts that the scoring stage reads."""
-    from tiger_ray import schemas, semantic_ids
+    from tiger_ray.artifacts import schemas
+    from tiger_ray.ids import semantic_ids
 
     model, codes_NI = planted_model(), planted_codes()
     item_index, counts = np.unique(users[0], return_counts=True)

@@ -25,7 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from results import Claims
 
-from tiger_ray.config import Settings, load_settings
+from tiger_ray.settings.loading import load_settings
+from tiger_ray.settings.settings import Settings
 
 DIM = 128
 ROWS_PER_SHARD = 125_000
@@ -61,7 +62,7 @@ def main() -> None:
 
 def measure_beauty(claims: Claims, folder: Path, kept: str | None) -> None:
     """Quality of the codebooks; no Ray."""
-    from tiger_ray import quantizers
+    from tiger_ray.ids import quantizers
 
     os.environ["TIGER_DATA"] = str(folder.parent)
     base = load_settings(["--config", str(CONFIG), "--date", "2026-01-01"])
@@ -124,7 +125,7 @@ def measure_variants(
     """What the choices behind the two learned quantizers are worth."""
     import torch
 
-    from tiger_ray import quantizers
+    from tiger_ray.ids import quantizers
 
     print("\nresidual_kmeans by principal components; rqvae by commitment weight", flush=True)
     for width in (embedding_ND.shape[1], 48, 24, 16):
@@ -148,8 +149,8 @@ def measure_variants(
 
 def beauty(settings: Settings, folder: Path, kept: str | None) -> tuple[np.ndarray, np.ndarray]:
     """MiniLM embeddings of all items, (N, D) float32, and the number of each one's category, (N,)."""
-    from tiger_ray import catalog
-    from tiger_ray.embeddings import make_encoder
+    from tiger_ray.data import text
+    from tiger_ray.ids.encoders import make_encoder
 
     items = pq.read_table(folder / "items.parquet")
     categories = [path[-1] if path else None for path in items.column("categories").to_pylist()]
@@ -157,7 +158,7 @@ def beauty(settings: Settings, folder: Path, kept: str | None) -> tuple[np.ndarr
     number_N[[category is None for category in categories]] = -1
     if kept and Path(kept).exists():
         return np.load(kept).astype(np.float32), number_N
-    texts = catalog.item_text(items, settings.catalog).to_pylist()
+    texts = text.item_text(items, settings.catalog).to_pylist()
     embedding_ND = make_encoder(settings.embeddings).encode(texts)
     if kept:
         np.save(kept, embedding_ND)
@@ -166,18 +167,19 @@ def beauty(settings: Settings, folder: Path, kept: str | None) -> tuple[np.ndarr
 
 def report_of(quantizer: Any, embedding_ND: np.ndarray, category_N: np.ndarray) -> dict[str, Any]:
     """The ID report of all items, as the night writes it."""
-    from tiger_ray import semantic_ids
+    from tiger_ray.ids import report as ids_report
+    from tiger_ray.ids import semantic_ids
 
     item_id = pa.array(np.arange(len(embedding_ND)))
     codewords_NL = quantizer.encode(embedding_ND, item_id)
     level_sizes = (*quantizer.level_sizes, 256)
     segment = semantic_ids.assign(None, item_id, codewords_NL, level_sizes)
-    counts = semantic_ids.count_codes(semantic_ids.codes_of(segment, level_sizes), level_sizes)
+    counts = ids_report.count_codes(semantic_ids.codes_of(segment, level_sizes), level_sizes)
     error_N = np.square(quantizer.reconstruct(codewords_NL) - embedding_ND).sum(axis=1)
     variance = float(np.square(embedding_ND - quantizer.mean_D.numpy()).sum(axis=1).mean())
     seen_N = quantizer.was_learned_from(embedding_ND)
-    sample = semantic_ids.sample_report(codewords_NL, level_sizes, category_N, error_N, variance, seen_N)
-    return {**semantic_ids.id_report(counts), "sample": sample}
+    sample = ids_report.sample_report(codewords_NL, level_sizes, category_N, error_N, variance, seen_N)
+    return {**ids_report.id_report(counts), "sample": sample}
 
 
 def faiss_ratios(quantizer: Any, settings: Any, embedding_ND: np.ndarray) -> list[float]:
@@ -185,7 +187,7 @@ def faiss_ratios(quantizer: Any, settings: Any, embedding_ND: np.ndarray) -> lis
     import faiss
     import torch
 
-    from tiger_ray.quantizers.residual_kmeans import residual
+    from tiger_ray.ids.quantizers.residual_kmeans import residual
 
     learned_ND = torch.from_numpy(embedding_ND[quantizer.was_learned_from(embedding_ND)])
     latent_NE = quantizer.standardize(learned_ND) @ quantizer.axes_DE
@@ -210,7 +212,7 @@ def together(settings: Any, embedding_ND: np.ndarray, lines: list[str] | None = 
     """The quantizer that two processes fit, each with half of the items."""
     import torch.multiprocessing
 
-    from tiger_ray import quantizers
+    from tiger_ray.ids import quantizers
 
     with tempfile.TemporaryDirectory() as folder:
         np.save(f"{folder}/embedding.npy", embedding_ND)
@@ -224,7 +226,7 @@ def together(settings: Any, embedding_ND: np.ndarray, lines: list[str] | None = 
 def _fit_half(rank: int, settings: Any, folder: str) -> None:
     import torch.distributed as dist
 
-    from tiger_ray import quantizers
+    from tiger_ray.ids import quantizers
 
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     half_ND = np.load(f"{folder}/embedding.npy")[rank::2].copy()
@@ -249,10 +251,10 @@ def measure_scale(claims: Claims, sizes: list[int], repeats: int, root: str) -> 
     """Time and memory of encoding, collisions and registry; memory is the largest private one of any process."""
     import ray
 
-    from tiger_ray import registry
-    from tiger_ray.cluster import connect
-    from tiger_ray.config import RaySettings
-    from tiger_ray.storage import Storage
+    from tiger_ray.artifacts.storage import Storage
+    from tiger_ray.cluster.connect import connect
+    from tiger_ray.published import semantic_ids as published_ids
+    from tiger_ray.settings.ray import RaySettings
 
     connect(RaySettings())
     claims.settings["planted"] = {
@@ -286,7 +288,7 @@ def measure_scale(claims: Claims, sizes: list[int], repeats: int, root: str) -> 
 
     storage = Storage(f"{root}/{largest}")
     before = private_mib(os.getpid())
-    ids = registry.load_semantic_ids(storage, result.manifest)
+    ids = published_ids.load_semantic_ids(storage, result.manifest)
     loaded = (private_mib(os.getpid()) - before) * 2**20 / len(ids)
     claims.add("code_table_bytes_per_item", ids.codes_NI.nbytes / len(ids), "bytes", "8: four codes of 2")
     claims.add(
@@ -306,7 +308,8 @@ def measure_scale(claims: Claims, sizes: list[int], repeats: int, root: str) -> 
 
 def planted_night(storage: Any, num_shards: int, date: str, items: int, disambiguator_size: int) -> Any:
     """Publish the inputs of a night if they are not there yet, and assign its Semantic IDs."""
-    from tiger_ray import fitting, registry
+    from tiger_ray.stages import quantizer as fitting
+    from tiger_ray.stages import semantic_ids as registry
 
     settings = Settings(
         date=date,
@@ -328,7 +331,7 @@ def published(storage: Any, artifact: str, settings: Settings, items: int, write
     """The planted artifact of so many items, written by a task per shard on its first date."""
     import ray
 
-    from tiger_ray.shards import map_numbers
+    from tiger_ray.cluster.shards import map_numbers
 
     fingerprint = f"planted-{items}"
     complete = storage.completed(artifact, fingerprint)
@@ -346,7 +349,7 @@ def published(storage: Any, artifact: str, settings: Settings, items: int, write
 
 def shard_ids(num_shards: int, items: int, shard: int) -> np.ndarray:
     """Ids of the items of one shard, (M,) int64, in order."""
-    from tiger_ray.hashing import shard_of, stable_hash
+    from tiger_ray.core.hashing import shard_of, stable_hash
 
     parts = []
     for start in range(0, items, 1_000_000):
@@ -357,7 +360,7 @@ def shard_ids(num_shards: int, items: int, shard: int) -> np.ndarray:
 
 def write_catalog(run: Any, num_shards: int, items: int, shard: int) -> Any:
     """One shard of the planted catalog."""
-    from tiger_ray.shards import shard_name
+    from tiger_ray.artifacts.files import shard_name
 
     ids = shard_ids(num_shards, items, shard)
     category = pa.nulls(len(ids), pa.string())
@@ -367,8 +370,8 @@ def write_catalog(run: Any, num_shards: int, items: int, shard: int) -> Any:
 
 def write_embeddings(run: Any, num_shards: int, items: int, shard: int) -> Any:
     """One shard of the planted embeddings: three levels of 256 codewords, and noise in all dimensions."""
-    from tiger_ray.hashing import mixed, stable_hash
-    from tiger_ray.shards import shard_name
+    from tiger_ray.artifacts.files import shard_name
+    from tiger_ray.core.hashing import splitmix64, stable_hash
 
     ids = shard_ids(num_shards, items, shard)
     key = stable_hash(pa.array(ids))
@@ -377,7 +380,7 @@ def write_embeddings(run: Any, num_shards: int, items: int, shard: int) -> Any:
     codebook_LCD = (rng.normal(size=(3, 256, 12)) @ rng.normal(size=(12, DIM))).astype(np.float32)
     embedding = np.random.default_rng(shard).normal(scale=0.02, size=(len(ids), DIM)).astype(np.float32)
     for level in range(3):
-        embedding += codebook_LCD[level][(mixed(key, level) % np.uint64(256)).astype(np.int64)]
+        embedding += codebook_LCD[level][(splitmix64(key, level) % np.uint64(256)).astype(np.int64)]
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(embedding.ravel()), DIM)
     return run.write_table(shard_name(shard), pa.table({"item_id": ids, "embedding": vectors}))
 

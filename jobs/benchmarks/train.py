@@ -33,14 +33,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from turns import CORES, DTYPES, FASTEST, ROUNDS, alternate, fastest, ratios
 
-from tiger_ray.beam_search import keep_freed_memory
-from tiger_ray.checkpoints import Progress
-from tiger_ray.config import TrainingSettings
-from tiger_ray.examples import BATCHES_PER_GROUP, Batch
-from tiger_ray.model import TigerModel
-from tiger_ray.optimization import BATCH_TOKENS, fit, learning_rate, make_optimizer, tiger_task, tokens_of
-from tiger_ray.tokens import PAD
-from tiger_ray.training_log import TrainingLog, measured_peak
+from tiger_ray.core.memory import keep_freed_memory
+from tiger_ray.model.t5 import TigerModel
+from tiger_ray.model.tokens import PAD
+from tiger_ray.settings.training import TrainingSettings
+from tiger_ray.training.checkpoints import Progress
+from tiger_ray.training.collate import tiger_task, tokens_of
+from tiger_ray.training.examples import BATCHES_PER_GROUP, Batch
+from tiger_ray.training.log import TrainingLog, measured_peak
+from tiger_ray.training.loop import BATCH_TOKENS, fit, learning_rate, make_optimizer
 
 GLOBAL_BATCH = 256
 PADDED = 81  # 20 items of 4 codewords, and a user token or an end, as other implementations have it

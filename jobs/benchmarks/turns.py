@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from tiger_ray.precision import dtype_of
+from tiger_ray.core.precision import dtype_of
 
 ROUNDS = 5
 CORES = len(os.sched_getaffinity(0))

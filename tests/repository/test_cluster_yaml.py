@@ -9,8 +9,8 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from tiger_ray.cluster import IDLE_MS, IDLE_VARIABLE
-from tiger_ray.config import load_settings
+from tiger_ray.cluster.connect import IDLE_MS, IDLE_VARIABLE
+from tiger_ray.settings.loading import load_settings
 
 REPOSITORY = Path(__file__).parents[2]
 START_COMMANDS = ("head_start_ray_commands", "worker_start_ray_commands")

@@ -12,94 +12,51 @@ import pytest
 REPO = Path(__file__).parents[2]
 PACKAGE = REPO / "tiger_ray"
 
-ORDER = (
+FLOORS = (
     "errors",
-    "faults",
-    "config",
-    "precision",
-    "hashing",
-    "schemas",
-    "stores",
-    "storage",
-    "cluster",
-    "stage",
-    "shards",
-    "workers",
-    "inputs",
-    "catalog",
-    "events",
-    "embeddings",
-    "quantizers",
-    "fitting",
-    "semantic_ids",
-    "registry",
-    "trie",
-    "histories",
-    "sequences",
-    "tokens",
+    "core",
+    "settings",
+    "artifacts",
+    "data",
+    "ids",
     "model",
-    "inference",
-    "beam_search",
+    "decoding",
     "rankers",
     "evaluation",
-    "examples",
-    "checkpoints",
-    "training_log",
-    "validation",
-    "optimization",
     "training",
-    "recommendations",
-    "harness",
-    "comparison",
+    "published",
+    "cluster",
+    "stages",
     "report",
-    "export",
     "serving",
-    "job",
+    "cli",
 )
-"""A module imports only modules before it."""
+"""Rooms of the package; a room imports only rooms before it."""
 
-APART = {
-    "synthetic": {"errors"},
-    "baselines": set(ORDER) - {"job", "serving"},
-}
-"""Modules that nothing in ORDER imports, and what they may import themselves."""
+APART = {"synthetic": {"errors", "artifacts", "settings", "core"}}
+"""Rooms that no floor but the command line imports, and the rooms that they may import."""
 
-WITHOUT_RAY = (
-    "errors",
-    "faults",
-    "config",
-    "precision",
-    "hashing",
-    "schemas",
-    "stores",
-    "storage",
-    "quantizers",
-    "semantic_ids",
-    "trie",
-    "histories",
-    "tokens",
-    "model",
-    "inference",
-    "beam_search",
-    "rankers",
-    "evaluation",
-    "examples",
-    "checkpoints",
-    "training_log",
-    "validation",
-    "optimization",
-    "synthetic",
-)
-"""Modules that never import Ray, not even through another module of ours."""
+RAY_ROOMS = {"cluster", "stages", "serving"}
+"""The only rooms that import Ray."""
+
+ALGORITHM_ROOMS = {"core", "ids", "model", "decoding", "rankers", "evaluation", "training"}
+"""Rooms that know neither Ray nor a store; of the artifacts they may know the schemas."""
 
 
-def name_of(file):
-    """The module that a file belongs to; files of a subpackage belong to the subpackage."""
+def room_of(file):
     return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def module_of(file):
+    parts = file.relative_to(REPO).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def sources():
     return sorted(file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py")
+
+
+MODULES = {module_of(file): file for file in sources()}
 
 
 @cache
@@ -120,59 +77,67 @@ def imported(file):
     return found
 
 
+@cache
 def own_imports(file):
     """Modules of tiger_ray that a file imports."""
-    known = {name_of(source) for source in sources()}
-    found = {name.split(".")[1] for name in imported(file) if name.startswith("tiger_ray.")}
-    return found & known
+    return {name for name in imported(file) if name in MODULES} - {module_of(file)}
 
 
-@cache
-def dependencies():
-    """Module -> modules of ours that it imports, itself left out."""
-    found = {}
-    for file in sources():
-        found.setdefault(name_of(file), set()).update(own_imports(file) - {name_of(file)})
-    return found
+def rooms_below(room):
+    return (
+        APART[room]
+        if room in APART
+        else set(FLOORS[: FLOORS.index(room)]) | ({*APART} if room == "cli" else set())
+    )
 
 
-def test_every_module_has_its_place_in_the_order():
-    modules = set(dependencies())
-    assert modules <= {*ORDER, *APART}, "new modules go into ORDER, where they belong"
-    assert {name for name in ORDER if name != "serving"} <= modules
+def test_every_room_has_its_floor():
+    assert {room_of(file) for file in sources()} == {*FLOORS, *APART}
 
 
-@pytest.mark.parametrize("module", sorted(dependencies()))
-def test_a_module_imports_only_modules_before_it(module):
-    allowed = APART[module] if module in APART else set(ORDER[: ORDER.index(module)])
-    assert dependencies()[module] <= allowed
+@pytest.mark.parametrize("file", sources(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_go_down_only(file):
+    rooms = {name.split(".")[1] for name in own_imports(file)} - {room_of(file)}
+    assert rooms <= rooms_below(room_of(file))
 
 
-@pytest.mark.parametrize("module", WITHOUT_RAY)
-def test_algorithms_never_import_ray(module):
-    seen, todo = set(), {module}
+def test_no_module_imports_itself_through_others():
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, f"circle: {' -> '.join([*path[path.index(name) :], name])}"
+        if name in done:
+            return
+        path.append(name)
+        for other in sorted(own_imports(MODULES[name])):
+            visit(other)
+        path.pop()
+        done.add(name)
+
+    for name in MODULES:
+        visit(name)
+
+
+@pytest.mark.parametrize("file", sources(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_ray_is_imported_where_the_cluster_is_and_boto3_in_one_file(file):
+    packages = {name.split(".")[0] for name in imported(file)}
+    assert "ray" not in packages or room_of(file) in RAY_ROOMS
+    assert not packages & {"boto3", "botocore"} or module_of(file) == "tiger_ray.artifacts.s3"
+
+
+@pytest.mark.parametrize("room", sorted(ALGORITHM_ROOMS))
+def test_algorithms_import_no_storage_not_even_through_another_room(room):
+    todo, seen = [file for file in sources() if room_of(file) == room], set()
     while todo:
-        name = todo.pop()
-        seen.add(name)
-        todo |= dependencies()[name] - seen
-    direct = {
-        f"{file.name}: {name}"
-        for file in sources()
-        if name_of(file) in seen
-        for name in imported(file)
-        if name.split(".")[0] == "ray"
-    }
-    assert not direct
+        file = todo.pop()
+        seen.add(module_of(file))
+        todo += [MODULES[name] for name in own_imports(file) - seen]
+    storage = {name for name in seen if name.startswith("tiger_ray.artifacts.")}
+    assert storage <= ALLOWED_ARTIFACTS
 
 
-RIVALS = [file for file in sorted((PACKAGE / "baselines").glob("*.py")) if file.stem != "contenders"]
-
-
-@pytest.mark.parametrize("file", RIVALS, ids=lambda file: file.stem)
-def test_baselines_never_import_ray_only_their_stage_does(file):
-    assert "ray" not in {name.split(".")[0] for name in imported(file)}
-    assert own_imports(file) <= {*WITHOUT_RAY, "baselines"}
-    assert "tiger_ray.baselines.contenders" not in imported(file)
+ALLOWED_ARTIFACTS = {"tiger_ray.artifacts.schemas", "tiger_ray.artifacts.manifest"}
+"""Of the artifacts an algorithm may know the columns of a table, and the manifest as a value."""
 
 
 FORBIDDEN_IMPORTS = {"pickle", "cloudpickle", "joblib", "dill", "shelve", "marshal"}
@@ -231,7 +196,9 @@ HEAVY = ("ray", "torch", "pandas", "pyarrow", "sklearn", "boto3")
 
 
 def test_importing_the_settings_imports_nothing_heavy():
-    code = f"import sys, tiger_ray.config, tiger_ray.job; print([m for m in {HEAVY} if m in sys.modules])"
+    code = (
+        f"import sys, tiger_ray.settings, tiger_ray.cli.job; print([m for m in {HEAVY} if m in sys.modules])"
+    )
     assert run("-c", code).stdout.strip() == "[]"
 
 

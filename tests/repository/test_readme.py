@@ -7,8 +7,8 @@ import pandas as pd
 import pyarrow as pa
 
 from tiger_ray import errors
-from tiger_ray.config import setting_names
-from tiger_ray.storage import Storage
+from tiger_ray.artifacts.storage import Storage
+from tiger_ray.settings.loading import setting_names
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -32,7 +32,12 @@ def test_every_setting_named_in_the_readme_exists():
     names = set(setting_names())
     sections = {name.split(".")[0] for name in names if "." in name}
     named = {m for m in re.findall(r"\b([a-z_]+\.[a-z_]+)\b", README) if m.split(".")[0] in sections}
-    others = {"ray.io"} | {f"{path.stem}.{suffix}" for path in ROOT.glob("*/*") for suffix in ("py", "yaml")}
+    others = {"ray.io"} | {
+        f"{path.stem}.{suffix}"
+        for folder in ("jobs", "tiger_ray")
+        for path in (ROOT / folder).rglob("*")
+        for suffix in ("py", "yaml")
+    }
     assert len(named) > 10
     assert named - others <= names
 

@@ -1,0 +1,594 @@
+"""The HTTP endpoint: `jobs/serve.py` as a process of its own, asked over HTTP; faults of the decoder by a fake one.
+
+The world is 40 items and a random model, published without training; its answers are known from scoring
+every item one by one.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError
+
+from tests.worlds import MONDAY, publish
+from tiger_ray.artifacts import schemas
+from tiger_ray.artifacts.lineage import registry_of
+from tiger_ray.artifacts.manifest import Manifest
+from tiger_ray.artifacts.storage import Storage
+from tiger_ray.core.hashing import stable_hash
+from tiger_ray.errors import ArtifactError
+from tiger_ray.ids import semantic_ids
+from tiger_ray.model.t5 import TigerModel
+from tiger_ray.model.tokens import Vocabulary, pad_histories
+from tiger_ray.serving import app as serving
+from tiger_ray.serving import replica
+from tiger_ray.serving.app import Endpoint
+from tiger_ray.serving.http import Query, QueryReader, Refused
+from tiger_ray.serving.replica import Recommender
+from tiger_ray.settings.model import ModelSettings
+from tiger_ray.settings.serving import ServingSettings
+from tiger_ray.settings.settings import Settings
+from tiger_ray.stages import recommendations
+
+pytestmark = [pytest.mark.ray, pytest.mark.serve]
+
+
+REPOSITORY = Path(__file__).parents[2]
+DATE = MONDAY
+NUM_ITEMS, INELIGIBLE = 40, (3, 17, 30)
+LEVEL_SIZES = (6, 6, 16)
+STRING = pa.string()
+JSON = {"Content-Type": "application/json"}
+START_S = 120
+
+
+class World(NamedTuple):
+    """Published artifacts, and what they were made of."""
+
+    settings: Settings
+    storage: Storage
+    manifests: dict[str, Manifest]
+    network: TigerModel
+    codes_NI: np.ndarray
+    item_ids: list[Any]
+
+    @property
+    def artifacts(self) -> tuple[Any, ...]:
+        return (self.settings, self.storage, *self.manifests.values())
+
+    def recommender(self, **sections: dict[str, Any]) -> Recommender:
+        updates = {name: getattr(self.settings, name).model_copy(update=v) for name, v in sections.items()}
+        settings = self.settings.model_copy(update=updates)
+        return Recommender(self.storage, settings, *self.manifests.values())
+
+    def best(self, history: list[int], bucket: int | None = None) -> list[tuple[Any, float]]:
+        """Every eligible item with its score, best first: the oracle."""
+        vocabulary = self.network.vocabulary
+        tokens_NI = vocabulary.item_tokens(self.codes_NI)
+        user = None if bucket is None else torch.tensor([vocabulary.user_offset + bucket])
+        history_1T = pad_histories(tokens_NI[history], torch.tensor([len(history)]), user)
+        with torch.inference_mode():
+            logits_NIV = self.network.logits(history_1T.expand(NUM_ITEMS, -1), tokens_NI)
+        log_prob_NIV = logits_NIV.log_softmax(-1)
+        score_N = log_prob_NIV.gather(-1, tokens_NI[..., None])[..., 0].sum(-1)
+        order = sorted(set(range(NUM_ITEMS)) - set(INELIGIBLE), key=lambda item: -score_N[item])
+        return [(self.item_ids[item], float(score_N[item])) for item in order]
+
+
+def make_world(
+    root: Path, id_type: pa.DataType = STRING, num_user_buckets: int = 0, space: str = "space"
+) -> World:
+    rng = np.random.default_rng(5)
+    item_ids = [f"item-{i:02d}" if id_type == STRING else 10**12 + i for i in range(NUM_ITEMS)]
+    codewords = rng.integers(0, 6, (NUM_ITEMS, 2)).astype(np.int16)
+    segment = semantic_ids.assign(None, pa.array(item_ids, id_type), codewords, LEVEL_SIZES)
+    registry = semantic_ids.SemanticIds.from_segments([segment], LEVEL_SIZES)
+    item_ids = registry.item_id.to_pylist()
+    eligible = np.ones(NUM_ITEMS, bool)
+    eligible[list(INELIGIBLE)] = False
+
+    torch.manual_seed(0)
+    small = {"num_layers": 1, "d_model": 16, "num_heads": 2, "d_kv": 8, "d_ff": 32, "dropout": 0.0}
+    model_settings = ModelSettings(**small, num_user_buckets=num_user_buckets)
+    network = TigerModel(model_settings, Vocabulary(LEVEL_SIZES, num_user_buckets)).eval()
+
+    storage = Storage(str(root))
+    ids = publish(
+        storage,
+        "semantic_ids",
+        {"segment-00000.parquet": segment, "eligible.parquet": pa.table({"eligible": eligible})},
+        {
+            "items": NUM_ITEMS,
+            "level_sizes": list(LEVEL_SIZES),
+            "space": space,
+            "item_id_type": str(id_type),
+            "eligible": int(eligible.sum()),
+        },
+    )
+    popular = [[7, 3, 1, 0, 2], [50, 30, 10, 8, 2], [40, 20, 9, 8, 2]]  # item 3 is not eligible
+    popularity = pa.table([pa.array(column) for column in popular], names=schemas.popularity().names)
+    manifests = {
+        "model": publish(storage, "model", network.to_files(), {"space": "space", "holdout": "none"}),
+        "semantic_ids": ids,
+        "sequences": publish(
+            storage,
+            "sequences",
+            {"popularity.parquet": popularity.cast(schemas.popularity())},
+            {"user_id_type": str(id_type), "events": 125},  # 25 of items that are not popular
+            inputs={"semantic_ids": registry_of(ids).digest},
+        ),
+    }
+    settings = Settings(
+        date=DATE,
+        storage={"root": str(root)},
+        catalog={"uri": "unused"},
+        events={"uri": "unused"},
+        decoding={"beam_width": 64},
+        serving={
+            "max_k": NUM_ITEMS,
+            "max_history": 50,
+            "max_batch_size": 4,
+            "max_queued_requests": 8,
+            "request_timeout_s": 10.0,
+        },
+    )
+    return World(settings, storage, manifests, network, registry.codes_NI, item_ids)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("artifacts"))
+
+
+class Server(NamedTuple):
+    """The job, running."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    http: httpx.Client
+
+    def ask(self, history: list[Any], k: int, **more: Any) -> dict[str, Any]:
+        answer = self.http.post("/v1/recommendations", json={"history": history, "k": k, **more})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+
+@pytest.fixture(scope="module")
+def server(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`jobs/serve.py` on a free port, with a Ray of its own; stopped by the last test, or here."""
+    folder = tmp_path_factory.mktemp("job")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    values = world.settings.model_dump(
+        mode="json", include={"date", "storage", "catalog", "events", "decoding"}
+    )
+    values |= {"serving": world.settings.serving.model_dump() | {"port": port}, "ray": {"num_cpus": 2}}
+    (folder / "serve.yaml").write_text(yaml.safe_dump(values))
+    log = folder / "log"
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            [sys.executable, str(REPOSITORY / "jobs/serve.py"), "--config", str(folder / "serve.yaml")],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=folder,
+        ) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http,
+    ):
+        try:
+            deadline = time.monotonic() + START_S
+            while b"serving the model of" not in log.read_bytes():
+                assert process.poll() is None, log.read_text()[-3000:]
+                assert time.monotonic() < deadline, log.read_text()[-3000:]
+                time.sleep(0.2)
+            yield Server(process, log, http)
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+# Over HTTP
+
+
+def test_items_are_the_best_of_scoring_every_item(world: World, server: Server) -> None:
+    history = [7, 0, 12]
+    answer = server.ask([world.item_ids[item] for item in history], 10)
+    expected = world.best(history)[:10]
+    assert [item["item_id"] for item in answer["items"]] == [item_id for item_id, _ in expected]
+    scores = [item["score"] for item in answer["items"]]
+    np.testing.assert_allclose(scores, [score for _, score in expected], atol=1e-4)
+    first = world.item_ids.index(expected[0][0])
+    assert answer["items"][0]["semantic_id"] == world.codes_NI[first].tolist()
+    del answer["items"]
+    assert answer == {
+        "source": "generated",
+        "unknown_items": 0,
+        "model_version": world.manifests["model"].run_id,
+        "semantic_ids_version": world.manifests["semantic_ids"].run_id,
+        "date": DATE,
+    }
+
+
+def test_unknown_items_are_counted_and_do_not_change_the_answer(world: World, server: Server) -> None:
+    known = world.item_ids[:2]
+    clean, mixed = server.ask(known, 5), server.ask([known[0], "nobody", known[1], ""], 5)
+    assert (clean.pop("unknown_items"), mixed.pop("unknown_items")) == (0, 2)
+    assert clean == mixed
+
+
+@pytest.mark.parametrize("history", [[], ["nobody", "nowhere"]], ids=["empty", "unknown"])
+def test_a_history_without_a_known_item_gets_popular_items(
+    world: World, server: Server, history: list[str]
+) -> None:
+    answer = server.ask(history, 10)
+    assert answer["source"] == "fallback"
+    assert answer["unknown_items"] == len(history)
+    assert [item["item_id"] for item in answer["items"]] == [world.item_ids[item] for item in (7, 1, 0, 2)]
+    expected = np.log(np.array([50, 10, 8, 2]) / 125)
+    np.testing.assert_allclose([item["score"] for item in answer["items"]], expected, rtol=1e-6)
+    assert answer["reason"] == "too_few_popular_items"
+
+
+def test_an_answer_with_fewer_than_k_items_says_why(world: World, server: Server) -> None:
+    answer = server.ask(world.item_ids[:1], NUM_ITEMS)
+    found = {item["item_id"] for item in answer["items"]}
+    assert found == set(world.item_ids) - {world.item_ids[item] for item in INELIGIBLE}
+    assert answer["reason"] == "too_few_eligible_items"
+
+
+def test_requests_in_parallel_get_the_answers_they_get_alone(world: World, server: Server) -> None:
+    histories = [[world.item_ids[(3 * i + j) % NUM_ITEMS] for j in range(1 + 3 * i)] for i in range(8)]
+    alone = [server.ask(history, 1 + i) for i, history in enumerate(histories)]
+    with ThreadPoolExecutor(len(histories)) as threads:
+        together = list(threads.map(server.ask, histories, range(1, 9)))
+    for one, other in zip(alone, together, strict=True):
+        scores = [[item.pop("score") for item in answer["items"]] for answer in (one, other)]
+        np.testing.assert_allclose(*scores, atol=1e-5)
+        assert one == other
+
+
+def test_overload_is_refused_with_503_and_leaves_no_mark(world: World, server: Server) -> None:
+    def ask(_: int) -> httpx.Response:
+        return server.http.post("/v1/recommendations", json={"history": world.item_ids[:5], "k": 5})
+
+    with ThreadPoolExecutor(40) as threads:
+        answers = list(threads.map(ask, range(120)))
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert 0 < len(refused) < len(answers)
+    assert {answer.status_code for answer in refused} == {503}
+    assert all(answer.headers["retry-after"] == "1" for answer in refused)
+    assert {answer.json()["error"]["code"] for answer in refused} == {"overloaded"}
+    assert server.ask(world.item_ids[:5], 5)["source"] == "generated"
+
+
+BAD_BODIES = {
+    "empty": (b"", 400),
+    "not json": (b"history=1", 400),
+    "byte order mark": (b'\xef\xbb\xbf{"history":[],"k":1}', 400),
+    "utf-16": ('{"history":[],"k":1}'.encode("utf-16"), 400),
+    "not utf-8": (b'{"history":["\xff"],"k":1}', 400),
+    "lone surrogate": (b'{"history":["\\ud800"],"k":1}', 400),
+    "surrogate key": (b'{"history":[],"k":1,"\\udfff":1}', 400),
+    "deep nesting": (b'{"history":' + b"[" * 100_000, 400),
+    "long number": (b'{"history":[],"k":' + b"9" * 10_000 + b"}", 400),
+    "null": (b"null", 422),
+    "array": (b"[]", 422),
+    "no k": (b'{"history":[]}', 422),
+    "no history": (b'{"k":1}', 422),
+    "extra key": (b'{"history":[],"k":1,"model_uri":"http://127.0.0.1/x"}', 422),
+    "k zero": (b'{"history":[],"k":0}', 422),
+    "k negative": (b'{"history":[],"k":-1}', 422),
+    "k too large": (b'{"history":[],"k":41}', 422),
+    "k huge": (b'{"history":[],"k":9223372036854775808}', 422),
+    "k fraction": (b'{"history":[],"k":1.5}', 422),
+    "k float": (b'{"history":[],"k":1.0}', 422),
+    "k text": (b'{"history":[],"k":"10"}', 422),
+    "k true": (b'{"history":[],"k":true}', 422),
+    "k null": (b'{"history":[],"k":null}', 422),
+    "k NaN": (b'{"history":[],"k":NaN}', 422),
+    "k Infinity": (b'{"history":[],"k":Infinity}', 422),
+    "item NaN": (b'{"history":[NaN],"k":1}', 422),
+    "item number": (b'{"history":[1],"k":1}', 422),
+    "item null": (b'{"history":[null],"k":1}', 422),
+    "item list": (b'{"history":[["a"]],"k":1}', 422),
+    "item too long": (b'{"history":["' + b"a" * 257 + b'"],"k":1}', 422),
+    "history text": (b'{"history":"item-01","k":1}', 422),
+    "history too long": (json.dumps({"history": ["a"] * 51, "k": 1}).encode(), 422),
+    "user number": (b'{"history":[],"k":1,"user_id":7}', 422),
+    "too many bytes": (b'{"history":["' + b"a" * 2**20 + b'"],"k":1}', 413),
+    "20 MB": (b" " * 20_000_000, 413),
+}
+CODES = {400: "invalid_json", 413: "body_too_large", 422: "invalid_request"}
+
+
+@pytest.mark.parametrize(("body", "status"), BAD_BODIES.values(), ids=BAD_BODIES.keys())
+def test_a_wrong_body_gets_4xx_and_a_code(server: Server, body: bytes, status: int) -> None:
+    answer = server.http.post("/v1/recommendations", content=body, headers=JSON)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error["code"] == CODES[status]
+    assert ("field" in error) == (status == 422)
+    assert len(answer.content) < 400
+
+
+@pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded"])
+def test_a_body_that_is_not_declared_json_is_refused(server: Server, content_type: str | None) -> None:
+    headers = {} if content_type is None else {"Content-Type": content_type}
+    answer = server.http.post("/v1/recommendations", content=b'{"history":[],"k":1}', headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported_media_type")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/", 404, "not_found"),
+        ("GET", "/docs", 404, "not_found"),
+        ("GET", "/redoc", 404, "not_found"),
+        ("GET", "/openapi.json", 404, "not_found"),
+        ("GET", "/v1/%2e%2e/%2e%2e/etc/passwd", 404, "not_found"),
+        ("POST", "/v1/recommendations/", 404, "not_found"),
+        ("GET", "/v1/recommendations", 405, "method_not_allowed"),
+        ("DELETE", "/v1/recommendations", 405, "method_not_allowed"),
+        ("OPTIONS", "/v1/recommendations", 405, "method_not_allowed"),
+        ("POST", "/readyz", 405, "method_not_allowed"),
+    ],
+)
+def test_an_unknown_path_or_method_is_refused(
+    server: Server, method: str, path: str, status: int, code: str
+) -> None:
+    answer = server.http.request(method, path)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+
+
+def test_readyz_names_model_and_semantic_ids(world: World, server: Server) -> None:
+    assert server.http.get("/livez").status_code == 200
+    answer = server.http.get("/readyz")
+    assert answer.status_code == 200
+    assert answer.json() == {
+        "ready": True,
+        "model_version": world.manifests["model"].run_id,
+        "semantic_ids_version": world.manifests["semantic_ids"].run_id,
+        "date": DATE,
+    }
+
+
+def test_sigterm_stops_the_job_cleanly(server: Server) -> None:
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(60) == 0, server.log.read_text()[-3000:]
+    assert server.log.read_text().rstrip().endswith("stopped")
+    assert "Traceback" not in server.log.read_text()
+    with pytest.raises(httpx.ConnectError):
+        server.http.get("/livez")
+
+
+# The endpoint with a decoder that misbehaves
+
+
+class FakeDecoder:
+    """A handle whose every call does the same."""
+
+    def __init__(self, act: Callable[[], Any]) -> None:
+        self.act = act
+        self.cancelled = 0
+        self.answer = self.versions = self
+
+    def remote(self, *args: Any) -> "FakeDecoder":
+        return self
+
+    def cancel(self) -> None:
+        self.cancelled += 1
+
+    def __await__(self) -> Iterator[Any]:
+        return asyncio.wait_for(self._run(), None).__await__()
+
+    async def _run(self) -> Any:
+        result = self.act()
+        return await result if asyncio.iscoroutine(result) else result
+
+
+VERSIONS = {"model_version": "m", "semantic_ids_version": "s", "date": DATE}
+GOOD_BODY = b'{"history":[],"k":1}'
+
+
+def ask_fake(
+    act: Callable[[], Any],
+    path: str = "/v1/recommendations",
+    *,
+    content: Any = GOOD_BODY,
+    timeout_s: float = 5.0,
+) -> tuple[httpx.Response, FakeDecoder]:
+    decoder = FakeDecoder(act)
+    reader = {"item_id_type": "string", "user_id_type": "string", "needs_user": False}
+    endpoint = Endpoint(ServingSettings(request_timeout_s=timeout_s), reader, VERSIONS, decoder)
+    transport = httpx.ASGITransport(endpoint.__serve_build_asgi_app__(), raise_app_exceptions=False)
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            if path == "/readyz":
+                return await http.get(path)
+            return await http.post(path, content=content, headers=JSON)
+
+    return asyncio.run(asyncio.wait_for(ask(), 10)), decoder
+
+
+def failing(error: Exception) -> Callable[[], Any]:
+    def act() -> Any:
+        raise error
+
+    return act
+
+
+def test_a_decoder_that_does_not_answer_gives_504_and_is_told_to_stop() -> None:
+    answer, decoder = ask_fake(lambda: asyncio.sleep(60), timeout_s=0.05)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+    assert decoder.cancelled == 1
+
+
+def test_a_body_that_does_not_arrive_gives_504() -> None:
+    async def trickle() -> Any:
+        yield b"{"
+        await asyncio.sleep(60)
+
+    answer, _ = ask_fake(dict, content=trickle(), timeout_s=0.05)
+    assert answer.status_code == 504
+
+
+def test_a_full_queue_gives_503_but_stays_ready() -> None:
+    full = failing(BackPressureError(num_queued_requests=4, max_queued_requests=4))
+    answer, _ = ask_fake(full)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "overloaded")
+    assert answer.headers["retry-after"] == "1"
+    assert ask_fake(full, "/readyz")[0].status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/recommendations", "/readyz"])
+def test_a_dead_decoder_gives_503(path: str) -> None:
+    answer, _ = ask_fake(failing(RayActorError()), path)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+
+
+def test_an_unforeseen_error_gives_500_without_a_word_of_it() -> None:
+    answer, _ = ask_fake(failing(KeyError("s3://canary-bucket/secret")))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal")
+    assert "canary" not in answer.text
+
+
+def test_a_decoder_of_another_model_is_not_ready() -> None:
+    assert ask_fake(lambda: VERSIONS, "/readyz")[0].status_code == 200
+    answer, _ = ask_fake(lambda: {**VERSIONS, "model_version": "other"}, "/readyz")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+    answer, _ = ask_fake(lambda: asyncio.sleep(60), "/readyz", timeout_s=0.05)
+    assert answer.status_code == 503
+
+
+# Requests and answers without a server
+
+
+ANY_JSON = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(), st.lists)
+
+
+def read(body: bytes) -> Query | Refused:
+    try:
+        return QueryReader(ServingSettings(), "string", "int64", needs_user=False).read(body)
+    except Refused as refused:
+        return refused
+
+
+@given(st.binary() | ANY_JSON.map(lambda value: json.dumps(value).encode()))
+def test_reading_any_bytes_gives_a_query_or_an_error_that_is_json(body: bytes) -> None:
+    for wrapped in (body, b'{"history":%s,"k":1}' % body, b'{"history":[],"k":%s}' % body):
+        result = read(wrapped)
+        if isinstance(result, Refused):
+            assert result.status in (400, 422)
+            assert len(json.dumps(result.error, allow_nan=False).encode()) < 1000
+        else:
+            assert 1 <= result.k <= 20
+
+
+def test_integer_ids_and_user_tokens_are_served(tmp_path: Path) -> None:
+    world = make_world(tmp_path, pa.int64(), num_user_buckets=5)
+    recommender = world.recommender()
+    history = [4, 9]
+    users = [12345678901, 3]
+    queries = [Query([world.item_ids[item] for item in history], 5, user) for user in users]
+    answers = recommender.answer(queries)
+    for user, answer in zip(users, answers, strict=True):
+        bucket = int(stable_hash(pa.array([user]))[0] % 5)
+        expected = world.best(history, bucket)[:5]
+        assert [item["item_id"] for item in answer["items"]] == [item_id for item_id, _ in expected]
+    assert answers[0]["items"] != answers[1]["items"], "the two users must differ, or the test says nothing"
+
+
+def test_a_draw_belongs_to_its_user_and_a_shorter_one_is_its_beginning(world: World) -> None:
+    recommender = world.recommender(decoding={"sample": True})
+    decoding = world.settings.decoding.model_copy(update={"sample": True})
+    drawing = world.settings.model_copy(update={"decoding": decoding})
+    assert replica.needs_user(drawing, world.network.vocabulary)
+    assert not replica.needs_user(world.settings, world.network.vocabulary)
+    history = [world.item_ids[4], world.item_ids[9]]
+    users = [f"user-{number}" for number in range(20)]
+    drawn = recommender.answer([Query(history, 6, user) for user in users])
+    alone = [recommender.answer([Query(history, 3, user)])[0] for user in users]
+    chosen = [[item["item_id"] for item in answer["items"]] for answer in drawn]
+    best = [item_id for item_id, _ in world.best([4, 9])]
+    assert len({tuple(items) for items in chosen}) > 10
+    assert sum(items == best[:6] for items in chosen) < 10
+    for items, few in zip(chosen, alone, strict=True):
+        assert items == sorted(items, key=best.index)
+        assert {item["item_id"] for item in few["items"]} < set(items)
+    other = Recommender(world.storage, drawing.model_copy(update={"seed": 1}), *world.manifests.values())
+    assert other.answer([Query(history, 6, user) for user in users]) != drawn
+    shorter = [[item["item_id"] for item in few["items"]] for few in alone]
+    assert sum(few == items[:3] for items, few in zip(chosen, shorter, strict=True)) < 20
+
+
+def test_a_model_with_user_tokens_needs_a_user_id_of_the_right_type() -> None:
+    reader = QueryReader(ServingSettings(), "int64", "int64", needs_user=True)
+    assert reader.read(b'{"history":[-9223372036854775808],"k":1,"user_id":5}') == Query([-(2**63)], 1, 5)
+    for wrong in (b"", b',"user_id":null', b',"user_id":"5"', b',"user_id":9223372036854775808'):
+        with pytest.raises(Refused) as refused:
+            reader.read(b'{"history":[],"k":1' + wrong + b"}")
+        assert refused.value.error["field"] == "user_id"
+    with pytest.raises(Refused) as refused:
+        reader.read(b'{"history":["7"],"k":1,"user_id":5}')
+    assert refused.value.error["field"] == "history.0"
+
+
+def test_an_excluded_history_is_the_reason_for_a_short_answer(world: World) -> None:
+    recommender = world.recommender(recommendations={"exclude_history": True})
+    history = [item for item in world.item_ids if world.item_ids.index(item) not in INELIGIBLE][:20]
+    (answer,) = recommender.answer([Query(history, 30, None)])
+    assert len(answer["items"]) == 17
+    assert not {item["item_id"] for item in answer["items"]} & set(history)
+    assert answer["reason"] == "history_excluded"
+
+
+def test_model_and_semantic_ids_of_other_spaces_are_refused(tmp_path: Path) -> None:
+    world = make_world(tmp_path, space="another space")
+    with pytest.raises(ArtifactError, match="trained on ID space space"):
+        serving.application(*world.artifacts)
+
+
+def test_popularity_of_another_registry_is_refused(world: World) -> None:
+    settings, storage, model, ids, sequences = world.artifacts
+    other = sequences.model_copy(update={"inputs": {"semantic_ids": "0" * 64}})
+    with pytest.raises(ArtifactError, match="were not built on Semantic IDs"):
+        serving.application(settings, storage, model, ids, other)
+
+
+def test_only_a_draw_is_made_again_for_another_seed(world: World) -> None:
+    """Otherwise last night's recommendations would be published again under a new date."""
+    for sample in (False, True):
+        decoding = world.settings.decoding.model_copy(update={"sample": sample})
+        names = [
+            recommendations.scoring_name(
+                world.settings.model_copy(update={"decoding": decoding, "seed": seed}), world.manifests
+            )
+            for seed in (0, 1)
+        ]
+        assert len(set(names)) == 1 + sample

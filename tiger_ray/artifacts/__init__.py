@@ -1,0 +1,1 @@
+"""What lies on disk, and how an artifact becomes true: stores, manifests, runs, publishing, lineage."""

@@ -1,0 +1,95 @@
+"""The manifest of an artifact: its files, settings, inputs and metadata."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from tiger_ray.core.hashing import canonical_json, fingerprint
+from tiger_ray.errors import ArtifactError
+
+FORMAT_VERSION = 1
+
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")
+
+
+DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
+
+
+_ENTRY_PATH = re.compile(r"_runs/[0-9a-f]{32}(/[A-Za-z0-9][A-Za-z0-9._=+-]*)+")
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileEntry(_Value):
+    """One file of a run: where it is, and what it must contain."""
+
+    path: str
+    """Address relative to ROOT/<artifact>."""
+    bytes: int = Field(ge=0)
+    rows: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    facts: dict[str, int] = {}
+    """Counts that the writer of the file made on the way."""
+
+    @property
+    def name(self) -> str:
+        """The file's name within its run."""
+        return self.path.rsplit("/", 1)[-1]
+
+    @field_validator("path")
+    @classmethod
+    def _path_stays_inside_runs(cls, path: str) -> str:
+        if not _ENTRY_PATH.fullmatch(path):
+            raise ValueError(f"{path!r} does not lie inside _runs/<run id>/")
+        return path
+
+
+class Manifest(_Value):
+    """Everything there is to know about one complete run; a file that no manifest names does not exist."""
+
+    format_version: int = FORMAT_VERSION
+    artifact: str
+    date: str
+    """Night it is published for; empty in the manifest of a run that is complete but bound to no date."""
+    run_id: str
+    fingerprint: str
+    files: tuple[FileEntry, ...]
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    """Digest of every artifact it was made from."""
+    metadata: dict[str, Any]
+    """Deterministic facts about the content."""
+    software: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the content alone, files and metadata; not of the run, the date or any path."""
+        return fingerprint(
+            {"files": sorted([entry.name, entry.sha256] for entry in self.files), "metadata": self.metadata}
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows of all files together."""
+        return sum(entry.rows for entry in self.files)
+
+    def file(self, name: str) -> FileEntry:
+        """The entry of that name; ArtifactError if the run has no such file."""
+        for entry in self.files:
+            if entry.name == name:
+                return entry
+        raise ArtifactError(
+            f"{self.artifact} of {self.date or 'no date'} (run {self.run_id}) has no file {name!r}; "
+            f"it has {len(self.files)}: {', '.join(entry.name for entry in self.files[:5])}"
+        )
+
+
+def manifest_json(manifest: Manifest) -> bytes:
+    """The bytes of a manifest in the store."""
+    return canonical_json(manifest.model_dump(mode="json"))

@@ -1,0 +1,1 @@
+"""Ray: connecting, shards over Ray Data, workers of Ray Train, reading inputs."""

@@ -1,0 +1,103 @@
+"""The Ray cluster of a job, joined only when the first stage has work to do."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+
+from tiger_ray.errors import SettingsError, TigerError
+from tiger_ray.settings.base import Section
+from tiger_ray.settings.decoding import DecodingSettings
+from tiger_ray.settings.embeddings import EmbeddingsSettings
+from tiger_ray.settings.quantizer import QuantizerSettings
+from tiger_ray.settings.ray import RaySettings
+from tiger_ray.settings.training import TrainingSettings
+
+IDLE_VARIABLE = "RAY_idle_worker_killing_time_threshold_ms"
+"""Of Ray: how long a process without work is kept. By default a second, so that nearly every step of a night would
+start new ones, at two to four seconds of CPU time each for their imports."""
+
+
+IDLE_MS = 60_000
+
+
+def connect(settings: RaySettings) -> None:
+    """Join the cluster of `ray job submit` if there is one, or of `ray.address`, or start a local one.
+
+    On a process that is connected already it frees what failed stages still hold, and sets up Ray Data.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        address, num_cpus = settings.address, None
+        if is_local(settings):
+            address, num_cpus = "local", settings.num_cpus
+            os.environ.setdefault(IDLE_VARIABLE, str(IDLE_MS))
+        on_sigterm = signal.getsignal(signal.SIGTERM)
+        try:
+            ray.init(address=address, num_cpus=num_cpus, logging_level=logging.WARNING)
+        except ConnectionError as error:
+            where = settings.address or os.environ.get("RAY_ADDRESS", address)
+            raise TigerError(
+                f"no Ray cluster answers at {where}: {error}. Start it, or correct ray.address (RAY_ADDRESS)"
+            ) from None
+        # Ray's own handler would end the process with another exit code than the job promises.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
+    else:
+        free, whole = ray.available_resources(), ray.cluster_resources()
+        if any(free.get(kind, 0) < whole.get(kind, 0) for kind in ("CPU", "GPU")):
+            # Actors of a dataset that failed hold them until Python collects the error: minutes, left to itself.
+            gc.collect()
+    context = ray.data.DataContext.get_current()
+    shown = sys.stderr.isatty() if settings.progress == "auto" else settings.progress == "on"
+    context.enable_progress_bars = shown
+    context.print_on_execution_start = False
+    # By default a keyed shuffle gathers a gigabyte in one process before it begins.
+    context.shuffle_input_batch_bytes = 32 << 20
+    # The newer reader of Parquet starts an actor per footer, up to 32 for each read, to do what takes milliseconds.
+    context.use_datasource_v2 = False
+    # A spot node may die while an actor is still loading its weights.
+    context.max_consecutive_actor_init_deaths = 3
+    # Ray Data would wrap an error of ours in one that reaches the driver without its cause.
+    context.raise_original_map_exception = True
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # These print a traceback, and take what is not wrapped for a bug in Ray; the exception itself says it all.
+    for name in ("ray.data.exceptions", "ray.data._internal.execution.streaming_executor_state"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def require_room(ray_settings: RaySettings, sections: Mapping[str, Section]) -> None:
+    """Refuse workers for which a cluster that the job started itself, and that cannot grow, has no room.
+
+    Raises:
+        SettingsError: Ray would wait for them for ever.
+    """
+    import ray
+
+    if not is_local(ray_settings):
+        return
+    whole = ray.cluster_resources()
+    for name, section in sections.items():
+        if isinstance(section, EmbeddingsSettings | QuantizerSettings | TrainingSettings | DecodingSettings):
+            # those of an actor pool may come one after the other, those that compute together may not
+            together = isinstance(section, QuantizerSettings | TrainingSettings)
+            count = section.num_workers if together else 1
+            kind, each = ("GPU", 1) if section.use_gpu else ("CPU", section.cpus_per_worker)
+            if count * each > whole.get(kind, 0):
+                raise SettingsError(
+                    f"{name}.{'use_gpu' if section.use_gpu else 'cpus_per_worker'} and {name}.num_workers ask for "
+                    f"{count * each:g} {kind} at once, and this machine's Ray has {whole.get(kind, 0):g}; lower them, "
+                    "or run the job on a cluster (ray job submit, ray.address)"
+                )
+
+
+def is_local(settings: RaySettings) -> bool:
+    """Is the cluster the job's own?"""
+    return (settings.address or os.environ.get("RAY_ADDRESS", "local")) == "local"

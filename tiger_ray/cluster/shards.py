@@ -1,0 +1,177 @@
+"""One shard in, one shard out, over Ray Data: how embeddings are made and users are scored.
+
+A worker turns one file of the input into one file of the output, of the same name, and writes it itself:
+a retried task writes the same object again, and a restarted job only runs the shards that the unfinished
+run does not have yet. The driver sees one small `FileEntry` per file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.exceptions import RayTaskError
+
+from tiger_ray.artifacts.faults import crash_point
+from tiger_ray.artifacts.manifest import FileEntry
+from tiger_ray.artifacts.run import Run
+from tiger_ray.errors import TigerError
+
+ShardWorker = Callable[[FileEntry], FileEntry]
+"""Makes the output shard of an input shard and writes it; built once per actor, with what it needs."""
+
+
+def map_shards(
+    run: Run,
+    make_worker: Callable[..., ShardWorker],
+    worker_args: Mapping[str, Any],
+    *,
+    shards: Sequence[FileEntry],
+    num_workers: int,
+    num_cpus: float,
+    use_gpu: bool,
+) -> list[FileEntry]:
+    """Run `make_worker(run=run, **worker_args)(shard)` for every shard that the run does not have yet.
+
+    Args:
+        run: where workers write.
+        make_worker: a class or function, built once in each actor.
+        worker_args: its keyword arguments; object references are resolved.
+        shards: files of the input; the output files have the same names.
+        num_workers: actors at most.
+        num_cpus: CPUs of each actor, when it has no GPU.
+        use_gpu: one GPU for each actor.
+
+    Returns:
+        One entry per shard, in the order of the shards.
+    """
+    done = run.finished()
+    todo = [shard for shard in shards if shard.name not in done]
+    if len(todo) < len(shards):
+        kept = len(shards) - len(todo)
+        print(
+            f"{run.artifact}: {kept} of {len(shards)} shards are there already, {len(todo)} to do", flush=True
+        )
+    if todo:
+        # not `range`, whose tasks would wait for a CPU that the actors hold
+        numbers = pa.table({"number": pa.array(range(len(todo)))})
+        dataset = ray.data.from_arrow(numbers, override_num_blocks=len(todo)).map_batches(
+            _ShardActor,
+            fn_constructor_args=(run, make_worker, todo, *worker_args.values()),
+            fn_constructor_kwargs={"arg_names": tuple(worker_args)},
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(num_workers, len(todo))),
+            num_cpus=0 if use_gpu else num_cpus,
+            num_gpus=1 if use_gpu else 0,
+        )
+        with plain_errors():
+            for row in dataset.iter_rows():
+                entry = FileEntry.model_validate_json(row["entry"])
+                done[entry.name] = entry
+                crash_point(f"{run.artifact}.shard")
+    return [done[shard.name] for shard in shards]
+
+
+def map_numbers(count: int, make: Callable[[int], Any]) -> list[ray.ObjectRef]:
+    """References to `make(0)`, `make(1)`, ... `make(count - 1)`, each made by a task of its own.
+
+    For short tasks: Ray Data takes a tenth of a second or two to schedule one, and seconds to start an actor.
+    """
+    task, shared = ray.remote(_call), ray.put(make)
+    return [task.remote(shared, number) for number in range(count)]
+
+
+def write_partitions(
+    dataset: ray.data.Dataset, finish: Callable[[pa.Table, int], FileEntry], *, num_shards: int
+) -> list[FileEntry]:
+    """Shuffle rows by their column `shard` and hand each whole shard to `finish`, which writes it.
+
+    Which rows meet in one block is Ray's affair; the shard number travels with the row, so names and
+    contents of the files do not depend on it.
+
+    Args:
+        dataset: rows with an int32 column `shard` in 0..num_shards-1.
+        finish: gets all rows of one shard in any order, without the column `shard`, and its number.
+        num_shards: shards in all; one without rows is not written.
+    """
+    partitions = dataset.repartition(num_shards, keys=["shard"]).map_batches(
+        _finish_block, fn_args=(finish,), batch_size=None, batch_format="pyarrow"
+    )
+    with plain_errors():
+        entries = [FileEntry.model_validate_json(row["entry"]) for row in partitions.iter_rows()]
+    names = [entry.name for entry in entries]
+    if len(set(names)) != len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise TigerError(
+            f"the keyed shuffle sent {', '.join(twice[:5])} to two places; do all nodes run the same image? "
+            "(a node with the package polars hashes keys differently)"
+        )
+    return sorted(entries, key=lambda entry: entry.name)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Raise an error of ours from a worker as itself, without the layers of remote tracebacks."""
+    try:
+        yield
+    except RayTaskError as error:
+        ours = [cause for cause in causes(error) if isinstance(cause, TigerError)]
+        if not ours:
+            raise
+        raise ours[0] from None
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """What led to an error, the nearest first, without what Ray wraps around it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if not isinstance(cause, RayTaskError):
+            yield cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
+
+
+def _call(make: Callable[[int], Any], number: int) -> Any:
+    return make(number)
+
+
+class _ShardActor:
+    def __init__(
+        self,
+        run: Run,
+        make_worker: Callable[..., ShardWorker],
+        todo: Sequence[FileEntry],
+        *values: Any,
+        arg_names: Sequence[str],
+    ) -> None:
+        there = [ray.get(value) if isinstance(value, ray.ObjectRef) else value for value in values]
+        self._todo = todo
+        self._failed: TigerError | None = None
+        try:
+            self._worker = make_worker(run=run, **dict(zip(arg_names, there, strict=True)))
+        except TigerError as error:
+            # raised from here it would be taken for the death of an actor, and tried again
+            self._failed = error
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
+        if self._failed is not None:
+            raise self._failed
+        return {"entry": [self._worker(self._todo[row]).model_dump_json() for row in batch["number"]]}
+
+
+def _finish_block(block: pa.Table, finish: Callable[[pa.Table, int], FileEntry]) -> pa.Table:
+    if block.num_rows == 0:
+        return pa.table({"entry": pa.array([], pa.string())})
+    shards = block.column("shard").combine_chunks().to_numpy()
+    rows = block.drop_columns(["shard"])
+    order = np.argsort(shards, kind="stable")
+    numbers, starts = np.unique(shards[order], return_index=True)
+    ends = [*starts[1:], len(order)]
+    entries = [
+        finish(rows.take(pa.array(order[start:end])), int(number))
+        for number, start, end in zip(numbers, starts, ends, strict=True)
+    ]
+    return pa.table({"entry": [entry.model_dump_json() for entry in entries]})

@@ -1,0 +1,175 @@
+"""Workers that compute one thing together, each with a rank: how anything is trained.
+
+Several run under Ray Train, with `torch.distributed` set up among them (NCCL on GPUs, gloo on CPUs). When one
+dies, all are started again, and may find on storage what they left there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from tiger_ray.artifacts.run import Run
+from tiger_ray.cluster.shards import plain_errors
+from tiger_ray.errors import TigerError
+from tiger_ray.settings.quantizer import QuantizerSettings
+from tiger_ray.settings.training import TrainingSettings
+
+WorkerSettings = QuantizerSettings | TrainingSettings
+"""Sections that say how many workers there are, and what each of them gets."""
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One of the workers."""
+
+    rank: int
+    world_size: int
+    device: Any
+    """torch.device that it computes on."""
+
+    @property
+    def is_first(self) -> bool:
+        """Is it the one that speaks and writes for all?"""
+        return self.rank == 0
+
+
+Work = Callable[[dict[str, Any], Worker], None]
+"""What a worker does: gets the arguments of all, and who it is."""
+
+
+def run_workers(
+    work: Work, arguments: Mapping[str, Any], *, run: Run, date: str, settings: WorkerSettings
+) -> None:
+    """Run `work` on every worker, until all have returned.
+
+    Args:
+        work: what each does.
+        arguments: the same for every worker; `run` is added to them.
+        run: whose artifact they compute.
+        date: of the night.
+        settings: section `training` or `quantizer`.
+
+    Raises:
+        TigerError: what a worker raised, as itself and at once; or, of any other cause, after so many
+            restarts as the settings allow.
+    """
+    arguments = {**arguments, "run": run}
+    if settings.num_workers == 1:
+        _run_alone(work, arguments, run, settings)
+    else:
+        _run_together(work, arguments, run, date, settings)
+
+
+def _run_alone(work: Work, arguments: Mapping[str, Any], run: Run, settings: WorkerSettings) -> None:
+    """A plain task has nobody to meet, and starts without the five actors of Ray Train."""
+    cpus, gpus = _resources(settings)
+    task = ray.remote(_alone).options(name=run.artifact, num_cpus=cpus, num_gpus=gpus, max_retries=0)
+    for failures in count(1):
+        try:
+            with plain_errors():
+                ray.get(task.remote(work, arguments, settings.cpus_per_worker))
+            return
+        except RayError as error:
+            if failures > settings.max_failures:
+                raise _given_up(run, settings, error) from error
+            print(f"{run.artifact}: the worker failed and is started again. {error}", flush=True)
+
+
+def _alone(work: Work, arguments: dict[str, Any], cpus_per_worker: float) -> None:
+    import torch
+
+    device = torch.device("cuda", 0) if ray.get_gpu_ids() else torch.device("cpu")
+    _work(work, arguments, Worker(0, 1, device), cpus_per_worker)
+
+
+def _resources(settings: WorkerSettings) -> tuple[float, int]:
+    """CPUs and GPUs of a worker."""
+    return (0, 1) if settings.use_gpu else (settings.cpus_per_worker, 0)
+
+
+def _given_up(run: Run, settings: WorkerSettings, error: Exception) -> TigerError:
+    return TigerError(f"{run.artifact} ended, after {settings.max_failures} restarts at most: {error}")
+
+
+def _run_together(
+    work: Work, arguments: Mapping[str, Any], run: Run, date: str, settings: WorkerSettings
+) -> None:
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    # Ray Train would log each printed line a second time.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    # It would tell workers that their node is about to be taken, and ours do not listen.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    cpus, gpus = _resources(settings)
+
+    class EndAtTigerError(ray.train.UserCallback):  # type: ignore[misc]
+        """An error of ours would come again, for every restart does the same."""
+
+        def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+            for error in worker_exceptions.values():
+                if isinstance(error, TigerError):
+                    logging.disable()
+                    raise error  # Ray Train restarts after errors of workers, but not of callbacks
+
+    class Trainer(TorchTrainer):  # type: ignore[misc]
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """Ctrl-C stays the job's: Ray's handler would swallow it, also in later stages, and end with exit code 0."""
+
+    # Ray Train ends a run for good where its own storage refuses a write for a second, so it gets a folder of
+    # the driver's, and what must last is written by `Run`.
+    with tempfile.TemporaryDirectory(prefix="tiger-ray-") as folder:
+        trainer = Trainer(
+            partial(_together, work, settings.cpus_per_worker),
+            train_loop_config=dict(arguments),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=settings.num_workers,
+                use_gpu=settings.use_gpu,
+                resources_per_worker={"CPU": float(cpus), "GPU": float(gpus)},
+            ),
+            run_config=ray.train.RunConfig(
+                name=f"{date}-{run.fingerprint[:16]}",
+                storage_path=folder,
+                failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+                callbacks=[EndAtTigerError()],
+                logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            ),
+        )
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            cause = getattr(error, "controller_failure", None)
+            if isinstance(cause, TigerError):
+                raise cause from None
+            raise _given_up(run, settings, error) from error
+
+
+def _together(work: Work, cpus_per_worker: float, arguments: dict[str, Any]) -> None:
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    worker = Worker(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    try:
+        _work(work, arguments, worker, cpus_per_worker)
+    except TigerError:
+        logging.disable()  # the job says it once, without a traceback
+        raise
+
+
+def _work(work: Work, arguments: dict[str, Any], worker: Worker, cpus_per_worker: float) -> None:
+    import torch
+
+    if worker.device.type == "cpu":
+        torch.set_num_threads(max(1, int(cpus_per_worker)))
+    work(arguments, worker)

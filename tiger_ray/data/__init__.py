@@ -1,0 +1,1 @@
+"""What users bring, as clean columns: input files, item text, events, histories."""

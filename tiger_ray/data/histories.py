@@ -1,0 +1,277 @@
+"""What a sequences artifact holds, and where a holdout cuts it; for readers that know no Ray.
+
+B users of a shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tiger_ray.artifacts import schemas
+from tiger_ray.artifacts.manifest import FileEntry, Manifest
+from tiger_ray.artifacts.schemas import MOMENTS
+from tiger_ray.core.hashing import shard_of, stable_hash
+from tiger_ray.data.events import is_complete, wanted_rows
+from tiger_ray.errors import ArtifactError
+from tiger_ray.settings.events import EventsSettings
+from tiger_ray.settings.sequences import SequencesSettings
+
+HELD_OUT = 2
+"""Events of a user that leave-one-out hides from training: validation target, then test target."""
+
+
+POPULARITY_COLUMNS = {"leave_one_out": "training_events", "none": "events", "time": "training_events_time"}
+"""Holdout -> the column of popularity.parquet that counts the events which training may see."""
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Where a holdout cuts each history."""
+
+    seen_B: npt.NDArray[np.int64]
+    """How many of its oldest events training may see."""
+    validation_at_B: npt.NDArray[np.int64]
+    """Place of the validation target, which is how many events come before it (at least 1); -1: there is none."""
+    test_at_B: npt.NDArray[np.int64]
+    """Place of the test target, in the same way."""
+
+    @property
+    def num_examples(self) -> int:
+        """Training examples: every event that training may see, but each user's first."""
+        return int(np.maximum(self.seen_B - 1, 0).sum())
+
+
+def user_shards(manifest: Manifest) -> list[FileEntry]:
+    """The files of a sequences artifact that hold users."""
+    return [entry for entry in manifest.files if entry.name.startswith("shard-")]
+
+
+def holdouts(has_moments: bool) -> list[str]:
+    """The holdouts that can cut an artifact, given whether it knows the moments of the time split."""
+    return [name for name in POPULARITY_COLUMNS if has_moments or name != "time"]
+
+
+def require_holdout(sequences: Manifest, holdout: str) -> None:
+    """Refuse sequences that were not told the moments of the time split.
+
+    Raises:
+        ArtifactError: names the settings.
+    """
+    if f"examples_{holdout}" not in sequences.metadata:
+        raise ArtifactError(
+            f"sequences {sequences.run_id} were built without sequences.validation_from and sequences.test_from, "
+            f"which training.holdout {holdout!r} needs; set both and build them again (jobs/build_sequences.py)"
+        )
+
+
+def columns_for(holdout: str) -> list[str]:
+    """Columns of a user shard that `cuts_of` reads."""
+    return ["history", *(MOMENTS if holdout == "time" else ())]
+
+
+def cuts_of(users: pa.Table, holdout: str) -> Cuts:
+    """Where a holdout cuts the histories of some users.
+
+    `leave_one_out` hides each user's last two events, validation target and test target; users too short to
+    give a training event and both targets are not evaluated, and training sees all of theirs. `time` hides
+    every event from `sequences.validation_from` on: the targets are the first event of the validation period
+    and the first of the test period, which the model is asked for given all that came before, so that test
+    histories hold events of the validation period. `none` hides nothing, and nobody is evaluated.
+
+    Args:
+        users: the columns of `columns_for`, one row per user.
+        holdout: section `training`.
+
+    Source: paper section 4 (leave-one-out); the rule for short users and the time split are ours.
+    """
+    length_B = pc.list_value_length(users.column("history")).to_numpy().astype(np.int64)
+    nowhere_B = np.full(len(length_B), -1)
+    if holdout == "none":
+        return Cuts(length_B, nowhere_B, nowhere_B)
+    if holdout == "time":
+        before_validation_B, before_test_B = (
+            users.column(name).to_numpy().astype(np.int64) for name in MOMENTS
+        )
+        return Cuts(
+            before_validation_B,
+            _first_of_period(before_validation_B, before_test_B),
+            _first_of_period(before_test_B, length_B),
+        )
+    evaluated_B = length_B > HELD_OUT
+    return Cuts(
+        np.where(evaluated_B, length_B - HELD_OUT, length_B),
+        np.where(evaluated_B, length_B - HELD_OUT, -1),
+        np.where(evaluated_B, length_B - 1, -1),
+    )
+
+
+def _first_of_period(start_B: npt.NDArray[np.int64], end_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Place of the first event of a period; -1 if it has none, or nothing comes before it."""
+    return np.where((start_B > 0) & (start_B < end_B), start_B, -1)
+
+
+NUM_POPULAR = 100_000
+"""Most popular items kept for fallback lists and as the baseline: so many that some of them can be had tonight."""
+
+
+def histories_of(events: pa.Table, max_events: int, moments: tuple[int, int] | None = None) -> pa.Table:
+    """Group one shard's events into histories; an exact repeat of an event counts once.
+
+    A repeat has user, item and timestamp of another event. With a column `order`, the first of them counts.
+
+    Args:
+        events: user_id, timestamp int64, tie int32, item_index int32 (-1: unknown item); and order int64, if
+            that comes before tie among equal timestamps.
+        max_events: most recent events kept per user.
+        moments: ticks at which the validation and the test period of the time split begin, if it is set.
+
+    Returns:
+        `schemas.sequences` rows sorted by user_id.
+    """
+    has_order = "order" in events.column_names
+    keys = ["user_id", "timestamp", "tie", *(["order"] if has_order else [])]
+    events = events.sort_by([(key, "ascending") for key in keys]).combine_chunks()
+    user_id = events.column("user_id").combine_chunks()
+    item_index = events.column("item_index").to_numpy()
+    timestamp = events.column("timestamp").to_numpy()
+    new_user = _differs_from_previous(user_id)
+    known = item_index >= 0
+    repeat = np.zeros(len(item_index), bool)
+    repeat[1:] = (
+        ~new_user[1:] & (item_index[1:] == item_index[:-1]) & (timestamp[1:] == timestamp[:-1]) & known[1:]
+    )
+
+    keep = known & ~repeat
+    users = user_id.filter(pa.array(new_user))
+    user, item_index, timestamp = (np.cumsum(new_user) - 1)[keep], item_index[keep], timestamp[keep]
+    if has_order:
+        # Only here: above, the repeats of an event stand beside it. Equal ones stay in the order of tie.
+        order = events.column("order").to_numpy()[keep]
+        item_index = item_index[np.lexsort((order, timestamp, user))]
+    # Place of each kept event counted from its user's newest, 0-based.
+    lengths = np.bincount(user, minlength=len(users))
+    from_end = np.repeat(np.cumsum(lengths), lengths) - 1 - np.arange(len(user))
+    recent = from_end < max_events
+    history = item_index[recent]
+    offsets = np.concatenate([[0], np.cumsum(np.minimum(lengths, max_events))]).astype(np.int32)
+    before = [
+        np.bincount(user[recent & (timestamp < moment)], minlength=len(users)) for moment in moments or ()
+    ]
+    return pa.table(
+        [
+            users,
+            pa.array(stable_hash(users)),
+            pa.ListArray.from_arrays(pa.array(offsets), pa.array(history, pa.int32())),
+            *(pa.array(count, pa.int32()) for count in before),
+        ],
+        schema=schemas.sequences(users.type, has_moments=moments is not None),
+    )
+
+
+def seen_events(users: pa.Table, num_items: int, holdouts: Sequence[str]) -> np.ndarray:
+    """Events of each item that each holdout lets training see, (holdouts, items) int64.
+
+    Args:
+        users: rows of a user shard, with the columns that these holdouts need.
+        num_items: items ever registered.
+        holdouts: their names.
+    """
+    history = users.column("history").combine_chunks()
+    lengths = pc.list_value_length(history).to_numpy()
+    items = history.flatten().to_numpy()
+    place = np.arange(len(items)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    seen = (place < np.repeat(cuts_of(users, holdout).seen_B, lengths) for holdout in holdouts)
+    return np.stack([np.bincount(items[some], minlength=num_items) for some in seen])
+
+
+def popularity_of(counts: Mapping[str, np.ndarray]) -> pa.Table:
+    """The items that are most popular by any of these counts, as rows of `schemas.popularity`.
+
+    Args:
+        counts: holdout -> events of each item that training may see, (items,) int64.
+    """
+    tops = {holdout: np.argsort(-count, kind="stable")[:NUM_POPULAR] for holdout, count in counts.items()}
+    top = tops.pop("none")
+    kept = np.concatenate([top, np.setdiff1d(np.concatenate(list(tops.values())), top)])
+    columns = {POPULARITY_COLUMNS[holdout]: count[kept] for holdout, count in counts.items()}
+    columns["item_index"] = kept.astype(np.int32)
+    schema = schemas.popularity(has_moments="time" in counts)
+    return pa.table([pa.array(columns[name]) for name in schema.names], schema=schema)
+
+
+def prepare_events(
+    batch: pa.Table, events: EventsSettings, sequences: SequencesSettings, items: pa.Table
+) -> pa.Table:
+    """Events of one block, ready for the shuffle: shard, user_id, timestamp, tie, item_index, and perhaps order.
+
+    Args:
+        batch: rows of the input.
+        events: which columns and kinds count.
+        sequences: number of shards and the cap per user.
+        items: item_id and tie of every registered item, in the order of item_index.
+    """
+    rows = wanted_rows(batch, events)
+    complete = is_complete(rows)
+    incomplete = rows.filter(pc.invert(complete)).column("user_id").drop_null()
+    rows = rows.filter(complete)
+    item_id = rows.column("item_id").cast(items.column("item_id").type)
+    item_index = pc.fill_null(pc.index_in(item_id, value_set=items.column("item_id")), -1)
+    rows = rows.drop_columns(["item_id"]).append_column("item_index", item_index.cast(pa.int32()))
+    known = pc.greater_equal(rows.column("item_index"), 0)
+    # One row keeps a user alive whose items are all unknown or not given; more would only cost.
+    unknown = rows.filter(pc.invert(known)).column("user_id")
+    users = pc.unique(pa.chunked_array([*unknown.chunks, *incomplete.chunks], unknown.type))
+    markers = pa.table(
+        {
+            "user_id": users,
+            "timestamp": pa.repeat(pa.scalar(0, pa.int64()), len(users)),
+            "order": pa.repeat(pa.scalar(0, pa.int64()), len(users)),
+            "item_index": pa.repeat(pa.scalar(-1, pa.int32()), len(users)),
+        }
+    )
+    rows = pa.concat_tables(
+        [_most_recent(rows.filter(known), sequences.max_events), markers.select(rows.column_names)]
+    )
+    index = rows.column("item_index").to_numpy()
+    tie = np.where(index >= 0, items.column("tie").to_numpy()[index], -1).astype(np.int32)
+    shard = shard_of(stable_hash(rows.column("user_id")), sequences.num_shards)
+    return rows.append_column("tie", pa.array(tie)).append_column("shard", pa.array(shard))
+
+
+def _most_recent(rows: pa.Table, max_events: int) -> pa.Table:
+    """The last `max_events` of each user of this block; equal timestamps at the edge are all kept."""
+    if rows.num_rows <= max_events:
+        return rows
+    # Repeats go first: they would push older events out, and other ones wherever the blocks are cut.
+    rows = _without_repeats(rows)
+    rows = rows.sort_by([("user_id", "ascending"), ("timestamp", "ascending")]).combine_chunks()
+    new_user = _differs_from_previous(rows.column("user_id").combine_chunks())
+    lengths = np.diff(np.append(np.flatnonzero(new_user), rows.num_rows))
+    ends = np.repeat(np.cumsum(lengths), lengths)
+    timestamp = rows.column("timestamp").to_numpy()
+    oldest_kept = np.maximum(ends - max_events, ends - np.repeat(lengths, lengths))
+    return rows.filter(pa.array(timestamp >= timestamp[oldest_kept]))
+
+
+def _without_repeats(rows: pa.Table) -> pa.Table:
+    """One row for each event, the first in the column `order` if there is one."""
+    keys = [name for name in rows.column_names if name != "order"]
+    firsts = [("order", "min")] if "order" in rows.column_names else []
+    rest = rows.group_by(keys, use_threads=False).aggregate(firsts)
+    return rest.rename_columns([*keys, *(name for name, _ in firsts)]).select(rows.column_names)
+
+
+def _differs_from_previous(values: pa.Array) -> np.ndarray:
+    """(N,) bool: a value that starts a run of equal values."""
+    starts = np.ones(len(values), bool)
+    if len(values) > 1:
+        starts[1:] = pc.not_equal(values.slice(1), values.slice(0, len(values) - 1)).to_numpy(
+            zero_copy_only=False
+        )
+    return starts

@@ -1,0 +1,1 @@
+"""Constrained beam search: histories in, valid items out."""

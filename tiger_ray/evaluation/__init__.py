@@ -1,0 +1,1 @@
+"""Metrics with intervals, and the counts that metrics are made of."""

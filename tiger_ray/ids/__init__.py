@@ -1,0 +1,1 @@
+"""Text to Semantic IDs: encoders, quantizers, disambiguation, and how good the IDs are."""

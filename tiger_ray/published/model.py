@@ -1,0 +1,35 @@
+"""The published model, read without Ray."""
+
+from __future__ import annotations
+
+from datetime import date as calendar_date
+from datetime import timedelta
+
+from tiger_ray.artifacts.files import MODEL_FILES
+from tiger_ray.artifacts.lineage import require_same_id_space
+from tiger_ray.artifacts.manifest import Manifest
+from tiger_ray.artifacts.storage import Storage
+from tiger_ray.model.t5 import TigerModel
+
+WARM_START_DAYS = 31
+"""How far back a model to start from is looked for."""
+
+
+def load_model(storage: Storage, model: Manifest, semantic_ids: Manifest) -> TigerModel:
+    """The published model, checked against the Semantic IDs it is to write.
+
+    Raises:
+        ArtifactError: it was trained on another ID space.
+    """
+    require_same_id_space(model, semantic_ids)
+    return TigerModel.from_files({name: storage.read_file(model, name) for name in MODEL_FILES})
+
+
+def last_model(storage: Storage, date: str) -> Manifest | None:
+    """The last model published for a date before this one, at most `WARM_START_DAYS` before."""
+    tonight = calendar_date.fromisoformat(date)
+    for days in range(1, WARM_START_DAYS + 1):
+        published = storage.published("model", (tonight - timedelta(days)).isoformat())
+        if published is not None:
+            return published
+    return None

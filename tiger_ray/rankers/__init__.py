@@ -1,0 +1,1 @@
+"""Everything that ranks items for a history, behind one interface."""

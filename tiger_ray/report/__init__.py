@@ -1,0 +1,1 @@
+"""What people read: tables, comparisons, and the exported model with its card."""

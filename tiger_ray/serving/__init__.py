@@ -1,0 +1,1 @@
+"""The optional endpoint on Ray Serve."""

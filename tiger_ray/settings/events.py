@@ -1,0 +1,59 @@
+"""Section `events`: where events come from, and which columns say what."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from tiger_ray.settings.base import Section, Share
+
+
+class EventsSettings(Section):
+    """What users did with items."""
+
+    uri: str = Field(min_length=1)
+    """Parquet file or folder of events."""
+    user_id: str = "user_id"
+    """Column with the user's id: string or int64."""
+    item_id: str = "item_id"
+    """Column with the item's id, of the same type as in the catalog."""
+    timestamp: str = "timestamp"
+    """Column with the time of the event."""
+    timestamp_unit: Literal["s", "ms", "us", "ns", "position"] | None = None
+    """Unit of an integer timestamp column, required there; `position` is an order without a clock."""
+    event_type: str | None = None
+    """Column with the kind of event, if only some kinds count."""
+    event_types: tuple[str, ...] = ()
+    """Kinds of event that count; required with `event_type`."""
+    ties: Literal["item_id", "shuffled", "column"] = "item_id"
+    """Order of one user's events with equal timestamps: by item id, by a hash of it with the seed, or by the
+    column `tie`. It decides the order only: an event of the same user, item and timestamp still counts once."""
+    tie: str | None = None
+    """Integer column, smallest first, for example the place of the event in the log; required by `ties: column`.
+    The item id decides what is equal in it too."""
+    max_unknown_share: Share = 0.05
+    """Share of events whose item is not in the catalog above which the events are refused."""
+    max_null_share: Share = 0.01
+    """Share of events with a null user, item or timestamp above which the events are refused."""
+
+    @model_validator(mode="after")
+    def _event_types_belong_together(self) -> EventsSettings:
+        if (self.event_type is None) != (not self.event_types):
+            raise ValueError("events.event_type and events.event_types must be given together")
+        return self
+
+    @model_validator(mode="after")
+    def _tie_belongs_to_ties(self) -> EventsSettings:
+        if self.ties == "column" and self.tie is None:
+            raise ValueError("events.ties is 'column', so events.tie must name the column")
+        if self.ties != "column" and self.tie is not None:
+            raise ValueError(
+                f"events.tie names the column {self.tie!r}, but events.ties is {self.ties!r} and would not read it; "
+                "set events.ties to 'column', or leave events.tie out"
+            )
+        if self.tie == self.timestamp:
+            raise ValueError(
+                f"events.tie is the column of events.timestamp, {self.tie!r}, which cannot tell equal timestamps apart"
+            )
+        return self

@@ -1,0 +1,12 @@
+"""Section `export`: the exported model."""
+
+from __future__ import annotations
+
+from tiger_ray.settings.base import Section, operational
+
+
+class ExportSettings(Section):
+    """The model as a folder for other tools."""
+
+    to: str | None = operational(None)
+    """Local folder to write, new or empty; required by jobs/export_model.py, and read by nothing else."""

@@ -1,0 +1,149 @@
+"""Settings from YAML files, environment variables and flags; the later source wins."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from datetime import date as calendar_date
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_settings import SettingsError as MalformedValue
+
+from tiger_ray.errors import SettingsError
+from tiger_ray.settings.settings import Settings
+
+
+def setting_names(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all settings, `date` and `storage.root` among them."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from setting_names(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def load_settings(argv: Sequence[str], *, prog: str | None = None) -> Settings:
+    """Settings from `--config FILE.yaml` (repeatable, later files win) and `--section.name value`.
+
+    Args:
+        argv: command-line words without the program's name.
+        prog: program name shown by `--help`.
+
+    Raises:
+        SettingsError: unknown key, wrong type or contradiction; the text names file, key and remedy.
+    """
+    files, words = _split_config_files(argv)
+    values: dict[str, Any] = {}
+    for file in files:
+        _merge(values, _read_yaml(Path(file)))
+    known = list(setting_names())
+    for word in words:
+        if word.startswith("--") and word not in ("--", "--help"):
+            name = word[2:].split("=", 1)[0]
+            if name not in known:
+                raise SettingsError(f"unknown setting --{name}{_did_you_mean(name, known)}")
+    try:
+        return Settings(_cli_parse_args=list(words), _cli_prog_name=prog, **values)  # type: ignore[call-arg]
+    except MalformedValue as error:
+        raise SettingsError(f"command line: {error}; write a list as [1, 2] or repeat the setting") from None
+    except ValidationError as error:
+        source = ", ".join([*files, "command line"] if words else files) or "command line"
+        raise SettingsError(f"settings ({source}):\n" + "\n".join(_explain(error, known))) from None
+
+
+def _split_config_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    files, words, rest = [], [], iter(argv)
+    for word in rest:
+        if word == "--config":
+            file = next(rest, None)
+            if file is None:
+                raise SettingsError("--config needs the name of a YAML file")
+            files.append(file)
+        elif word.startswith("--config="):
+            files.append(word.removeprefix("--config="))
+        else:
+            words.append(word)
+    return files, words
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"cannot read settings file {file}: {error.strerror}") from None
+    try:
+        values = _Loader(text).get_single_data() or {}
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a day like 2014-02-30
+        hint = "; within braces or brackets, '${NAME}' needs its quotes" if "${" in text else ""
+        raise SettingsError(f"settings file {file} is not YAML: {error}{hint}") from None
+    if not isinstance(values, dict):
+        raise SettingsError(
+            f"settings file {file} must hold sections like `storage:`, not a {type(values).__name__}"
+        )
+    if isinstance(values.get("date"), calendar_date):  # YAML reads 2026-11-23 as a day by itself
+        values["date"] = values["date"].isoformat()
+    expanded: dict[str, Any] = _expanded(values, file)
+    return expanded
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key comes twice: the first would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, yaml.Mark] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    f"{key.value!r} is there", seen[key.value], "and once more", key.start_mark
+                )
+            seen[key.value] = key.start_mark
+        return super().construct_mapping(node, deep)
+
+
+def _expanded(value: Any, file: Path) -> Any:
+    """Text with `${NAME}` filled from the environment, in what YAML has read."""
+
+    def variable(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise SettingsError(
+                f"settings file {file} uses ${{{match[1]}}}, and that environment variable is not set"
+            )
+        return os.environ[match[1]]
+
+    if isinstance(value, dict):
+        return {key: _expanded(part, file) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_expanded(part, file) for part in value]
+    return re.sub(r"\$\{(\w+)\}", variable, value) if isinstance(value, str) else value
+
+
+def _merge(values: dict[str, Any], later: dict[str, Any]) -> None:
+    for key, value in later.items():
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            _merge(values[key], value)
+        else:
+            values[key] = value
+
+
+def _explain(error: ValidationError, known: list[str]) -> Iterator[str]:
+    for problem in error.errors():
+        name = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            yield f"  unknown setting {name}{_did_you_mean(name, known)}"
+        elif problem["type"] == "missing":
+            yield f"  {name} is required: set it in the YAML file or with --{name}"
+        else:
+            got = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
+            yield f"  {name + ': ' if name else ''}{problem['msg'].removeprefix('Value error, ')}{got}"
+
+
+def _did_you_mean(name: str, known: Iterator[str] | list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else "; --help lists them all"

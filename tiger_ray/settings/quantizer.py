@@ -1,0 +1,67 @@
+"""Section `quantizer`: how embeddings become codewords."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from tiger_ray.settings.base import Count, CountOrZero, LevelSize, Positive, Section, Share, operational
+
+
+class QuantizerSettings(Section):
+    """Embeddings to codewords. A change here starts a new ID space and needs a new model."""
+
+    kind: Literal["rqvae", "residual_kmeans", "lsh", "random", "flat"] = "residual_kmeans"
+    """How codewords are made. `lsh` (hyperplanes), `random` (hash of the item id) and `flat` (no codewords:
+    each item is one token) are the controls of the paper; they learn nothing."""
+    level_sizes: Annotated[tuple[LevelSize, ...], Field(min_length=1, max_length=8)] = (256, 256, 256)
+    """Codewords of each learned level; the stored Semantic ID is one longer. Not read by `flat`."""
+    sample_size: Count | None = 262_144
+    """Items the codebooks are learned from, about so many; all items are encoded. 1,024 per codeword is plenty
+    for k-means. Empty: all."""
+    validation_share: Share = 0.05
+    """Share of the items that the codebooks are not learned from: they tell when `rqvae` is done, and how
+    well items nobody has seen will fit."""
+    num_iterations: Count = 30
+    """Lloyd steps per level (`residual_kmeans`)."""
+    latent_dim: Count = 32
+    """Width of the space that codewords live in: the encoder's output (`rqvae`), or so many principal components
+    (`residual_kmeans`). Fewer of them make more items unique and keep less of the content."""
+    hidden_dims: tuple[Count, ...] = (512, 256, 128)
+    """Widths of the encoder's hidden layers, mirrored in the decoder (`rqvae`)."""
+    num_epochs: Count = 1000
+    """Passes over the sample, at most (`rqvae`)."""
+    batch_size: Count = 1024
+    """Items per step, over all workers (`rqvae`)."""
+    learning_rate: Positive = 1e-3
+    """AdamW step size (`rqvae`)."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """AdamW weight decay (`rqvae`)."""
+    commitment_weight: Positive = 0.25
+    """Weight of the commitment loss, beta in the paper (`rqvae`)."""
+    version: Count = 1
+    """Raise by one to fit a new quantizer on today's catalog; otherwise the published one is kept for good."""
+    num_workers: Count = operational(1)
+    """Workers that fit together, each with its share of the items."""
+    use_gpu: bool = operational(False)
+    """One GPU per worker, NCCL; otherwise CPU and gloo."""
+    cpus_per_worker: Positive = operational(1)
+    """CPUs, and torch threads, of each worker."""
+    memory_mb_per_worker: Count = operational(2048)
+    """MiB of embeddings that a worker keeps; what is beyond is read from storage again on each pass."""
+    max_failures: CountOrZero = operational(3)
+    """Worker deaths survived by starting the fit again."""
+
+    @model_validator(mode="after")
+    def _levels_fit(self) -> QuantizerSettings:
+        if math.prod(self.level_sizes) >= 2**62:
+            raise ValueError(
+                f"quantizer.level_sizes {self.level_sizes} span more than 2^62 codes; use fewer or smaller levels"
+            )
+        if self.kind == "lsh" and any(size & (size - 1) for size in self.level_sizes):
+            raise ValueError(
+                f"quantizer.level_sizes {self.level_sizes} must be powers of two for lsh: one bit per hyperplane"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""The stages of a night, one file per artifact, and the order of the stages."""

@@ -1,0 +1,217 @@
+"""Baselines as contenders of the harness: trained if they have to be, by the workers that train the model.
+
+N items, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from tiger_ray.artifacts.files import MODEL_FILES
+from tiger_ray.artifacts.lineage import registry_of, require_same_registry
+from tiger_ray.artifacts.manifest import Manifest
+from tiger_ray.artifacts.run import Run
+from tiger_ray.artifacts.schemas import matrix_of
+from tiger_ray.artifacts.storage import Storage
+from tiger_ray.data.histories import require_holdout
+from tiger_ray.errors import DataError
+from tiger_ray.model.sasrec import SasrecModel
+from tiger_ray.published.semantic_ids import load_semantic_ids
+from tiger_ray.rankers.index import hnsw, ivf_flat
+from tiger_ray.rankers.neighbours import Neighbours
+from tiger_ray.rankers.popularity import Popularity
+from tiger_ray.rankers.sasrec import Sasrec
+from tiger_ray.settings.sasrec import SasrecSettings
+from tiger_ray.settings.settings import Settings
+from tiger_ray.stages.evaluation import Contender, evaluate_ranker
+from tiger_ray.stages.model import train
+from tiger_ray.stages.stage import Computed, StageResult, run_stage
+from tiger_ray.training.collate import sasrec_task
+from tiger_ray.training.spec import Trainee
+
+
+def run(
+    settings: Settings,
+    storage: Storage,
+    semantic_ids: Manifest,
+    sequences: Manifest,
+    catalog: Manifest,
+    embeddings: Manifest,
+) -> StageResult:
+    """Publish the evaluation of `baseline.kind`, beside that of the model, and what is trained for it.
+
+    Raises:
+        DataError: training sees all events, so nothing is left to evaluate on.
+        ArtifactError: the histories have no moments for a time split.
+    """
+    if settings.training.holdout == "none":
+        raise DataError(
+            "training.holdout is 'none', so nothing is left to evaluate a baseline on; set it to 'leave_one_out' or 'time'"
+        )
+    make = {"popularity": _popularity, "neighbours": _neighbours, "sasrec": _sasrec}[settings.baseline.kind]
+    contender = make(settings, storage, semantic_ids, sequences, embeddings)
+    return evaluate_ranker(settings, storage, contender, semantic_ids, sequences, catalog)
+
+
+def _contender(settings: Settings, name: str, ranking: str, **parts: Any) -> Contender:
+    decoding = settings.decoding
+    return Contender(
+        ranking={"ranking": f"full, item level, {ranking}", **parts.pop("more", {})},
+        holdout=settings.training.holdout,
+        name=name,
+        num_workers=decoding.num_workers,
+        num_cpus=decoding.cpus_per_worker,
+        **{"use_gpu": decoding.use_gpu, **parts},
+    )
+
+
+def _popularity(
+    settings: Settings, storage: Storage, semantic_ids: Manifest, sequences: Manifest, embeddings: Manifest
+) -> Contender:
+    return _contender(
+        settings,
+        "popularity",
+        "most events that training saw",
+        make=make_popularity,
+        arguments={"storage": storage, "semantic_ids": semantic_ids},
+        inputs={},
+        sections={},
+        use_gpu=False,
+        reads_events=True,
+    )
+
+
+def make_popularity(storage: Storage, semantic_ids: Manifest, events_N: npt.NDArray[np.int64]) -> Popularity:
+    """Popularity by the events that training may see, (N,) int64."""
+    return Popularity(events_N, load_semantic_ids(storage, semantic_ids).eligible_N)
+
+
+def _neighbours(
+    settings: Settings, storage: Storage, semantic_ids: Manifest, sequences: Manifest, embeddings: Manifest
+) -> Contender:
+    return _contender(
+        settings,
+        "neighbours",
+        "cosine to the last item's content embedding",
+        make=make_neighbours,
+        arguments={
+            "storage": storage,
+            "semantic_ids": semantic_ids,
+            "embeddings": embeddings,
+            "device": "cuda" if settings.decoding.use_gpu else "cpu",
+        },
+        inputs={"embeddings": embeddings},
+        sections={},
+        more={"encoder": encoder_name(embeddings)},
+    )
+
+
+def encoder_name(embeddings: Manifest) -> str:
+    """What made the embeddings, as their settings name it."""
+    settings = embeddings.settings["embeddings"]
+    return str(settings["model"] if settings["encoder"] == "sentence-transformers" else settings["encoder"])
+
+
+def make_neighbours(
+    storage: Storage, semantic_ids: Manifest, embeddings: Manifest, device: str
+) -> Neighbours:
+    """Neighbours among all items, whose embeddings are in memory twice: 8 N D bytes, and 12 while it is built."""
+    ids = load_semantic_ids(storage, semantic_ids)
+    embedding_ND: npt.NDArray[np.float32] = np.zeros((len(ids), int(embeddings.metadata["dim"])), np.float32)
+    columns = [
+        storage.read_table(embeddings, entry, columns=["item_id"]).column("item_id")
+        for entry in embeddings.files
+    ]
+    # all files at once: each lookup hashes the whole registry
+    index_N = ids.lookup(pa.chunked_array([chunk for column in columns for chunk in column.chunks]))
+    first = 0
+    for entry in embeddings.files:
+        embedding = storage.read_table(embeddings, entry, columns=["embedding"]).column("embedding")
+        index = index_N[first : first + len(embedding)]
+        embedding_ND[index[index >= 0]] = matrix_of(embedding)[index >= 0]
+        first += len(embedding)
+    return Neighbours(embedding_ND, ids.eligible_N, device)
+
+
+def _sasrec(
+    settings: Settings, storage: Storage, semantic_ids: Manifest, sequences: Manifest, embeddings: Manifest
+) -> Contender:
+    model = train_sasrec(settings, storage, semantic_ids, sequences).manifest
+    index = settings.baseline.index
+    return _contender(
+        settings,
+        variant(settings.sasrec) + ("" if index == "exact" else f"-{index}"),
+        {"exact": "inner products with all items"}.get(index, f"inner products, FAISS {index}"),
+        make=make_sasrec,
+        arguments={"storage": storage, "settings": settings, "semantic_ids": semantic_ids, "model": model},
+        inputs={"model": model},
+        sections={"baseline": settings.baseline},
+        more={"model_history": settings.sasrec.max_history},
+    )
+
+
+def variant(sasrec: SasrecSettings) -> str:
+    """Name of this SASRec among the artifacts of a night: one of each is kept."""
+    return f"sasrec-{sasrec.loss}" + ("-map" if sasrec.output_map else "")
+
+
+def train_sasrec(
+    settings: Settings, storage: Storage, semantic_ids: Manifest, sequences: Manifest
+) -> StageResult:
+    """Publish the artifact `model-` and `variant`, trained by section `training`."""
+    require_same_registry(sequences, semantic_ids)
+    inputs = {"sequences": sequences, "semantic_ids": registry_of(semantic_ids)}
+    require_holdout(sequences, settings.training.holdout)
+
+    def compute(run: Run) -> Computed:
+        arguments = {"settings": settings, "storage": storage, "semantic_ids": semantic_ids}
+        return train(run, settings, sequences, make_sasrec_trainee, arguments)
+
+    return run_stage(
+        storage,
+        settings,
+        f"model-{variant(settings.sasrec)}",
+        kind="model",
+        inputs=inputs,
+        sections={"sasrec": settings.sasrec, "training": settings.training},
+        draws=True,
+        compute=compute,
+    )
+
+
+def make_sasrec_trainee(settings: Settings, storage: Storage, semantic_ids: Manifest) -> Trainee:
+    """A new SASRec for all items ever registered."""
+    ids = load_semantic_ids(storage, semantic_ids)
+    torch.manual_seed(settings.seed)
+    model = SasrecModel(settings.sasrec, len(ids))
+    return Trainee(
+        model,
+        sasrec_task(model),
+        partial(Sasrec, eligible_N=ids.eligible_N),
+        settings.sasrec.max_history,
+    )
+
+
+def make_sasrec(storage: Storage, settings: Settings, semantic_ids: Manifest, model: Manifest) -> Sasrec:
+    """The published SASRec with its index."""
+    decoding = settings.decoding
+    if not decoding.use_gpu:
+        torch.set_num_threads(max(1, int(decoding.cpus_per_worker)))
+    ids = load_semantic_ids(storage, semantic_ids)
+    trained = SasrecModel.from_files({name: storage.read_file(model, name) for name in MODEL_FILES})
+    indexes: Mapping[str, Any] = {"ivf": ivf_flat, "hnsw": hnsw}
+    make_index = indexes.get(settings.baseline.index)
+    item_ND = trained.item.weight.detach().numpy()
+    return Sasrec(
+        trained.to("cuda" if decoding.use_gpu else "cpu"),
+        torch.device("cuda" if decoding.use_gpu else "cpu"),
+        eligible_N=ids.eligible_N,
+        index=make_index(item_ND, ids.eligible_N) if make_index else None,
+    )

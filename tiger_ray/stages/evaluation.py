@@ -1,0 +1,411 @@
+"""Held-out events and a ranker -> the artifact `evaluation`: whom the ranker would have served, and what it shows.
+
+Each user shard is ranked whole, one file in, one file out. The lists stay in the artifact, so that two rankers can
+be compared user by user at any time. Then a few tasks count the lists, and their counts add up.
+
+B users of a shard, P places of a list, N items, C cells of a count by rank, G groups.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray
+
+from tiger_ray.artifacts import schemas
+from tiger_ray.artifacts.lineage import require_same_id_space, require_same_registry
+from tiger_ray.artifacts.manifest import FileEntry, Manifest
+from tiger_ray.artifacts.objects import Objects
+from tiger_ray.artifacts.run import Run
+from tiger_ray.artifacts.storage import Storage
+from tiger_ray.cluster.shards import map_shards, plain_errors
+from tiger_ray.core.arrays import best_first, ranges
+from tiger_ray.core.hashing import splitmix64
+from tiger_ray.data.histories import columns_for, cuts_of, require_holdout, seen_events, user_shards
+from tiger_ray.errors import ArtifactError, DataError, TigerError
+from tiger_ray.evaluation import metrics
+from tiger_ray.evaluation.tally import Tally, metrics_of, sum_of, tally_of
+from tiger_ray.published.evaluation import METRICS_FILE
+from tiger_ray.published.scorer import Scorer
+from tiger_ray.published.semantic_ids import load_semantic_ids
+from tiger_ray.rankers.base import Ranker
+from tiger_ray.rankers.popularity import Popularity
+from tiger_ray.settings.base import Section
+from tiger_ray.settings.settings import Settings
+from tiger_ray.stages.stage import Computed, StageResult, run_stage
+
+NUM_TASKS = 8
+"""Tasks at most that count lists; each adds up counts of all items."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A ranker that is to be evaluated, and how to make it in another process."""
+
+    make: Callable[..., Ranker]
+    """Called once per actor."""
+    arguments: Mapping[str, Any]
+    """Its keyword arguments; object references are resolved."""
+    ranking: Mapping[str, Any]
+    """How it ranks, in words and numbers: part of the protocol."""
+    holdout: str
+    """Which events its training did not see: section `training`."""
+    inputs: Mapping[str, Manifest]
+    """Artifacts it is made of, beside the histories."""
+    sections: Mapping[str, Section]
+    """Settings that decide its lists."""
+    name: str = ""
+    """Empty for the model of the night; a baseline's evaluation is an artifact of its own."""
+    num_workers: int = 1
+    num_cpus: float = 1
+    use_gpu: bool = False
+    reads_events: bool = False
+    """`make` is also given `events_N`: the events of each item that training may see, (N,) int64."""
+
+    @property
+    def artifact(self) -> str:
+        """Where its evaluation is published."""
+        return f"evaluation-{self.name}" if self.name else "evaluation"
+
+
+def evaluate(
+    settings: Settings,
+    storage: Storage,
+    model: Manifest,
+    semantic_ids: Manifest,
+    sequences: Manifest,
+    catalog: Manifest,
+) -> StageResult:
+    """Publish the artifact `evaluation` of the night's model.
+
+    Raises:
+        ArtifactError: the model was trained on other Semantic IDs.
+        DataError: training saw all events, or no user is long enough.
+    """
+    require_same_id_space(model, semantic_ids)
+    decoding = settings.decoding
+    arguments = {
+        "storage": storage,
+        "settings": settings,
+        "model": model,
+        "semantic_ids": semantic_ids,
+        "sequences": sequences,
+    }
+    contender = Contender(
+        make=Scorer,
+        arguments=arguments,
+        ranking={
+            "ranking": "full, item level, constrained beam search",
+            "beam_width": decoding.beam_width,
+            "items": "drawn" if decoding.sample else "most probable",
+            "temperature": decoding.temperature,
+            "model_history": model.settings["model"]["max_history"],
+        },
+        holdout=model.metadata["holdout"],
+        inputs={"model": model},
+        sections={"decoding": decoding},
+        num_workers=decoding.num_workers,
+        num_cpus=decoding.cpus_per_worker,
+        use_gpu=decoding.use_gpu,
+    )
+    return evaluate_ranker(settings, storage, contender, semantic_ids, sequences, catalog)
+
+
+def evaluate_ranker(
+    settings: Settings,
+    storage: Storage,
+    contender: Contender,
+    semantic_ids: Manifest,
+    sequences: Manifest,
+    catalog: Manifest,
+) -> StageResult:
+    """Publish the evaluation of any ranker: the same users, targets, masks and counts for all.
+
+    Raises:
+        DataError: training saw all events, or there is nobody to evaluate.
+        ArtifactError: it was trained on other histories, or these have no moments for a time split, or are of
+            another registry.
+    """
+    require_same_registry(sequences, semantic_ids)
+    if contender.holdout == "none":
+        raise DataError(
+            "the model was trained on all events (training.holdout is 'none'), so there is nothing left to evaluate it on"
+        )
+    require_holdout(sequences, contender.holdout)
+    model = contender.inputs.get("model")
+    if model is not None and model.inputs["sequences"] != sequences.digest:
+        raise ArtifactError(
+            f"{model.artifact} {model.run_id} was trained on other histories than sequences {sequences.run_id}: it may "
+            "have seen the events it would be asked for. Train a model on these (jobs/train_model.py)"
+        )
+    inputs = {
+        **contender.inputs,
+        "semantic_ids": semantic_ids,
+        "sequences": sequences,
+        "catalog": catalog,
+    }
+    return run_stage(
+        storage,
+        settings,
+        contender.artifact,
+        kind="evaluation",
+        inputs=inputs,
+        sections={**contender.sections, "evaluation": settings.evaluation},
+        draws=True,
+        source={"ranking": dict(contender.ranking), "holdout": contender.holdout},
+        compute=lambda run: _compute(run, settings, contender, inputs),
+    )
+
+
+def _compute(run: Run, settings: Settings, contender: Contender, inputs: Mapping[str, Manifest]) -> Computed:
+    storage, sequences, semantic_ids = run.storage, inputs["sequences"], inputs["semantic_ids"]
+    max_users = settings.evaluation.max_users
+    share = 1.0
+    if max_users is not None:
+        candidates = sequences.metadata[f"{settings.evaluation.split}_users_{contender.holdout}"]
+        share = min(1.0, max_users / max(candidates, 1))
+    training_events = _training_events(
+        storage, sequences, contender.holdout, int(semantic_ids.metadata["items"])
+    )
+    entries = map_shards(
+        run,
+        _RankShard,
+        {
+            "settings": settings,
+            "inputs": dict(inputs),
+            "contender": contender,
+            "share": share,
+            "training_events_N": training_events,
+            "ranker_arguments": dict(contender.arguments),
+        },
+        shards=user_shards(sequences),
+        num_workers=contender.num_workers,
+        num_cpus=contender.num_cpus,
+        use_gpu=contender.use_gpu,
+    )
+    users = sum(entry.rows for entry in entries)
+    if users == 0:
+        raise DataError(_nobody(settings, contender.holdout, sequences))
+    found = _count(run, entries, settings, inputs, training_events)
+    events = sequences.settings["events"]
+    protocol = {
+        "split": f"{contender.holdout.replace('_', '-')}, {settings.evaluation.split}",
+        **contender.ranking,
+        "history_masked": settings.evaluation.exclude_history,
+        "max_history": settings.evaluation.max_history,
+        "ties": events["tie"] or events["ties"],
+        "unseen_targets": settings.evaluation.unseen_targets,
+        "users": "all" if max_users is None else f"a hash sample of about {max_users:,}",
+    }
+    # what changes from night to night is not in the protocol, by which nights are held against each other
+    facts = {"protocol": protocol, "periods": None, "training": _training(inputs.get("model"))}
+    if contender.holdout == "time":
+        first, second = (sequences.metadata[name] for name in ("validation_from", "test_from"))
+        facts["periods"] = f"validation from {first}, test from {second}"
+    metrics = run.write_file(METRICS_FILE, json.dumps({**facts, **found}, indent=2).encode())
+    values = {
+        who: {"users": users, **{name: each["value"] for name, each in found[who].items()}}
+        for who in ("model", "popularity")
+    }
+    top = max(settings.evaluation.ks)
+    names = (f"recall@{top}", f"ndcg@{top}")
+    summary = ", ".join(f"{name} {values['model'][name]:.4f}" for name in names)
+    popular = ", ".join(f"{values['popularity'][name]:.4f}" for name in names)
+    return [*entries, metrics], {
+        "summary": f"{users:,} users, {summary} (popularity {popular})",
+        **values,
+        **facts,
+    }
+
+
+def _nobody(settings: Settings, holdout: str, sequences: Manifest) -> str:
+    """Why there is nobody to evaluate, and what to change."""
+    users = int(sequences.metadata["users"])
+    candidates = sequences.metadata[f"{settings.evaluation.split}_users_{holdout}"]
+    if not candidates:
+        return (
+            f"none of {users:,} users has the events that training.holdout {holdout!r} needs to hold one out; nothing "
+            "can be evaluated. Set training.holdout to 'none' to train and recommend without evaluation"
+        )
+    chosen = []
+    if settings.evaluation.max_users is not None:
+        chosen.append(f"evaluation.max_users {settings.evaluation.max_users}")
+    if settings.evaluation.unseen_targets == "drop":
+        chosen.append("evaluation.unseen_targets 'drop'")
+    return (
+        f"none of {candidates:,} users with a {settings.evaluation.split} event is left to evaluate after "
+        f"{' and '.join(chosen)}; change that"
+    )
+
+
+def _training(model: Manifest | None) -> str | None:
+    """What a trained ranker was trained with, in words."""
+    if model is None:
+        return None
+    training = model.settings["training"]
+    return (
+        f"step {model.metadata['step']:,} of {training['num_steps']:,}, batches of {training['global_batch_size']}, "
+        f"seed {model.settings['seed']}"
+    )
+
+
+class _RankShard:
+    """Ranks items for the users of one file who have a held-out event."""
+
+    def __init__(
+        self,
+        run: Run,
+        settings: Settings,
+        inputs: Mapping[str, Manifest],
+        contender: Contender,
+        share: float,
+        training_events_N: npt.NDArray[np.int64],
+        ranker_arguments: Mapping[str, Any],
+    ) -> None:
+        self._run, self._settings, self._sequences = run, settings.evaluation, inputs["sequences"]
+        self._holdout, self._share, self._training_events_N = contender.holdout, share, training_events_N
+        events = {"events_N": training_events_N} if contender.reads_events else {}
+        self._ranker, self._artifact = contender.make(**ranker_arguments, **events), contender.artifact
+        eligible_N = load_semantic_ids(run.storage, inputs["semantic_ids"]).eligible_N
+        self._popularity = Popularity(training_events_N, eligible_N)
+
+    def __call__(self, shard: FileEntry) -> FileEntry:
+        settings = self._settings
+        users = self._run.storage.read_table(self._sequences, shard.name).combine_chunks()
+        history = users.column("history").combine_chunks()
+        first_B = history.offsets.to_numpy()[:-1].astype(np.int64)
+        item_index = history.values.to_numpy()
+        cuts = cuts_of(users, self._holdout)
+        length_B = cuts.test_at_B if settings.split == "test" else cuts.validation_at_B
+        user_hash_B = users.column("user_hash").to_numpy()
+        # mixed, because shards and user buckets follow from the hash itself
+        sampled_B = (splitmix64(user_hash_B) >> np.uint64(32)) < np.uint64(int(self._share * 2**32))
+        kept_B = (length_B > 0) & sampled_B
+        if settings.unseen_targets == "drop":
+            kept_B[kept_B] = self._training_events_N[item_index[(first_B + length_B)[kept_B]]] > 0
+        first_B, length_B = first_B[kept_B], length_B[kept_B]
+        user_hash_B = user_hash_B[kept_B]
+        target_B = item_index[first_B + length_B].astype(np.int64)
+        item_E = item_index[ranges(first_B, length_B)]
+        repeated_B = metrics.targets_in_history(item_E, length_B, target_B)
+        if settings.max_history is not None:
+            read_B = np.minimum(length_B, settings.max_history)
+            item_E = item_index[ranges(first_B + length_B - read_B, read_B)]
+            length_B = read_B
+        top = max(settings.ks)
+        found_BP = popular_BP = np.zeros((0, top), np.int64)
+        if len(target_B):
+            found_BP, popular_BP = (
+                best_first(
+                    *ranker.recommend(
+                        item_E, length_B, user_hash_B, top, exclude_history=settings.exclude_history
+                    )
+                )[0]
+                for ranker in (self._ranker, self._popularity)
+            )
+        if settings.exclude_history:
+            self._require_masked(found_BP, item_E, length_B)
+        popular_rank_B = np.minimum(metrics.ranks(popular_BP, target_B), top + 1)
+        columns = [user_hash_B, target_B, length_B, repeated_B, popular_rank_B]
+        arrays = [pa.array(column) for column in columns]
+        arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(found_BP.ravel().astype(np.int32)), top))
+        schema = schemas.ranked_lists(top)
+        return self._run.write_table(shard.name, pa.table(arrays, names=schema.names).cast(schema))
+
+    def _require_masked(
+        self,
+        found_BP: npt.NDArray[np.int64],
+        item_E: npt.NDArray[np.int32],
+        length_B: npt.NDArray[np.int64],
+    ) -> None:
+        """Refuse lists that show a history which they were told to mask: they would not be what the protocol says."""
+        row_B = np.arange(len(length_B), dtype=np.int64) << 32
+        shown_BP = np.isin(found_BP + row_B[:, None], item_E + np.repeat(row_B, length_B))
+        if shown_BP.any():
+            raise TigerError(
+                f"{self._artifact}: {shown_BP.sum():,} items of their histories came out for {shown_BP.any(1).sum():,} of "
+                f"{len(length_B):,} users, although evaluation.exclude_history is set; the ranker ignores it"
+            )
+
+
+def _training_events(storage: Objects, sequences: Manifest, holdout: str, num_items: int) -> ray.ObjectRef:
+    """Reference to the events of each item that training may see, (N,) int64."""
+
+    columns = columns_for(holdout)
+
+    def count(part: Sequence[FileEntry]) -> npt.NDArray[np.int64]:
+        tables = (storage.read_table(sequences, entry, columns=columns) for entry in part)
+        counted: npt.NDArray[np.int64] = sum_of(
+            seen_events(users, num_items, [holdout])[0] for users in tables
+        )
+        return counted
+
+    def total(*parts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        events_N: npt.NDArray[np.int64] = np.sum(parts, axis=0)
+        return events_N
+
+    events = ray.remote(total).remote(*_by_parts(user_shards(sequences), count))
+    # Those who wait for it are actors, which would hold the last CPUs that it needs.
+    ray.wait([events], fetch_local=False)
+    return events
+
+
+def _by_parts(shards: Sequence[FileEntry], count: Callable[..., Any], *arguments: Any) -> list[ray.ObjectRef]:
+    """References to what a few tasks find in all shards, each in many."""
+    num_tasks = min(NUM_TASKS, len(shards))
+    task = ray.remote(count)
+    return [task.remote(list(shards[number::num_tasks]), *arguments) for number in range(num_tasks)]
+
+
+def _count(
+    run: Run,
+    entries: Sequence[FileEntry],
+    settings: Settings,
+    inputs: Mapping[str, Manifest],
+    training_events: ray.ObjectRef,
+) -> dict[str, Any]:
+    """Metrics of the lists in these files, ready for JSON."""
+    storage = run.storage
+
+    def categories() -> npt.NDArray[np.int32]:
+        """Category of each item by number, (N,); -1 for unknown."""
+        ids = load_semantic_ids(storage, inputs["semantic_ids"])
+        catalog = inputs["catalog"]
+        items = pa.concat_tables(
+            [storage.read_table(catalog, entry, columns=["item_id", "category"]) for entry in catalog.files]
+        )
+        code = items.column("category").combine_chunks().dictionary_encode().indices.fill_null(-1)
+        category_N = np.full(len(ids), -1, np.int32)
+        index = ids.lookup(items.column("item_id"))
+        category_N[index[index >= 0]] = code.to_numpy()[index >= 0]
+        return category_N
+
+    def count(
+        part: Sequence[FileEntry], category_N: npt.NDArray[np.int32], events_N: npt.NDArray[np.int64]
+    ) -> Tally:
+        eligible_N = load_semantic_ids(storage, inputs["semantic_ids"]).eligible_N
+        groups_N = metrics.popularity_groups(events_N)
+        tallies = (tally_of(run.read_table(entry), eligible_N, groups_N, category_N) for entry in part)
+        return sum_of(tallies)
+
+    def total(
+        category_N: npt.NDArray[np.int32], events_N: npt.NDArray[np.int64], *parts: Tally
+    ) -> dict[str, Any]:
+        eligible_N = load_semantic_ids(storage, inputs["semantic_ids"]).eligible_N
+        found = metrics_of(sum_of(parts), settings)
+        found["shown"] = sum_of(parts).exposure.metrics(eligible_N, events_N)
+        if (category_N < 0).all():
+            del found["shown"]["entropy"]  # of nothing known
+        return found
+
+    category = ray.remote(categories).remote()
+    parts = _by_parts(entries, count, category, training_events)
+    with plain_errors():
+        found: dict[str, Any] = ray.get(ray.remote(total).remote(category, training_events, *parts))
+    return found

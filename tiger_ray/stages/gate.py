@@ -1,0 +1,55 @@
+"""The quality gate: recommendations of a model that ranks too badly are not published."""
+
+from __future__ import annotations
+
+from tiger_ray.artifacts.manifest import Manifest
+from tiger_ray.artifacts.storage import Storage
+from tiger_ray.errors import ArtifactError, QualityError
+from tiger_ray.published.evaluation import evaluation_of
+from tiger_ray.settings.settings import Settings
+
+
+def require_gate(settings: Settings, storage: Storage, evaluated: Manifest) -> None:
+    """The quality gate: refuse a night that is worse than popularity, or much worse than the last one.
+
+    Raises:
+        QualityError: names both numbers and the settings that decide.
+    """
+    name = f"ndcg@{max(evaluated.settings['evaluation']['ks'])}"  # what was measured, whatever is set by now
+    ours, popular = evaluated.metadata["model"][name], evaluated.metadata["popularity"][name]
+    floor = settings.evaluation.min_ratio_to_popularity * popular
+    if ours < floor:
+        raise QualityError(
+            f"{name} is {ours:.4f}, popularity has {popular:.4f}, and evaluation.min_ratio_to_popularity asks for "
+            f"{floor:.4f}; recommendations are not published, the last ones stay. Train longer, or look at the data."
+        )
+    try:
+        last = storage.resolve("recommendations").metadata["evaluation"]
+    except ArtifactError:
+        return
+    if last is None or name not in last or last["protocol"] != evaluated.metadata["protocol"]:
+        return
+    if ours < (1 - settings.evaluation.max_drop) * last[name]:
+        raise QualityError(
+            f"{name} is {ours:.4f}, the model of the last published recommendations had {last[name]:.4f}, and "
+            f"evaluation.max_drop allows to lose {settings.evaluation.max_drop:.0%}; recommendations are not published, "
+            "the last ones stay."
+        )
+
+
+def require_evaluated(settings: Settings, storage: Storage, model: Manifest) -> None:
+    """The quality gate for a model whose evaluation, unless it was trained on all events, must be published.
+
+    Raises:
+        ArtifactError: it is not.
+        QualityError: as `require_quality`.
+    """
+    if model.metadata["holdout"] == "none":
+        return
+    evaluated = evaluation_of(storage, settings, model)
+    if evaluated is None:
+        raise ArtifactError(
+            f"model {model.run_id} of {settings.date} has no evaluation, so the quality gate cannot judge it; evaluate it "
+            "first (jobs/evaluate.py)"
+        )
+    require_gate(settings, storage, evaluated)

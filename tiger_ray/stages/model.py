@@ -1,0 +1,287 @@
+"""Histories -> a model: the paper's sequence-to-sequence training, by one worker or by several of Ray Train.
+
+An example is a user's history cut before one of its events: the model reads the items before it and writes
+the Semantic ID of that item. Which examples make up step s follows from the seed and s alone (`examples.py`),
+so a resumed run continues exactly, and any number of workers sees the same global batches. The loop itself
+is `optimization.fit`.
+
+At each checkpoint the model ranks the validation event of some users (`validation.py`); the best
+checkpoint becomes the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from tiger_ray.artifacts.files import MODEL_FILES
+from tiger_ray.artifacts.lineage import id_space, registry_of, require_same_model, require_same_registry
+from tiger_ray.artifacts.manifest import FileEntry, Manifest
+from tiger_ray.artifacts.run import Run
+from tiger_ray.artifacts.storage import Storage
+from tiger_ray.cluster.workers import Worker, run_workers
+from tiger_ray.core.memory import keep_freed_memory
+from tiger_ray.core.precision import dtype_of
+from tiger_ray.data.histories import require_holdout
+from tiger_ray.errors import ArtifactError, DataError, StorageError
+from tiger_ray.model.t5 import TigerModel
+from tiger_ray.model.tokens import Vocabulary
+from tiger_ray.published.model import WARM_START_DAYS, last_model, load_model
+from tiger_ray.published.semantic_ids import load_semantic_ids
+from tiger_ray.published.sequences import load_validation, open_examples
+from tiger_ray.rankers.tiger import BeamRanker
+from tiger_ray.settings.settings import Settings
+from tiger_ray.stages.stage import Computed, StageResult, run_stage
+from tiger_ray.training.checkpoints import JUDGED_BY, STATE_FILE, Progress, load_state, save_state
+from tiger_ray.training.collate import tiger_task
+from tiger_ray.training.log import MLflow, TensorBoard, TrainingLog, measured_peak, wants_mlflow
+from tiger_ray.training.loop import BATCH_TOKENS, fit, make_optimizer
+from tiger_ray.training.spec import Trainee
+
+
+def run(settings: Settings, storage: Storage, sequences: Manifest, semantic_ids: Manifest) -> StageResult:
+    """Publish the artifact `model`.
+
+    Raises:
+        DataError: no user has two events that training may see.
+        ArtifactError: `training.warm_start` is on, and the last model is of another ID space or shape; or the
+            sequences do not know the moments of `training.holdout` time, or are of another registry.
+    """
+    require_same_registry(sequences, semantic_ids)
+    require_holdout(sequences, settings.training.holdout)
+    inputs = {"sequences": sequences, "semantic_ids": registry_of(semantic_ids)}
+    if settings.training.warm_start:
+        last = last_model(storage, settings.date)
+        if last is None:
+            print(f"training.warm_start: no model of the last {WARM_START_DAYS} days, so from scratch")
+        else:
+            require_same_model(last, settings, semantic_ids)
+            inputs["warm_start"] = last
+    return run_stage(
+        storage,
+        settings,
+        "model",
+        inputs=inputs,
+        sections={"model": settings.model, "training": settings.training},
+        draws=True,
+        compute=lambda run: _compute(run, settings, storage, inputs, semantic_ids),
+    )
+
+
+def _compute(
+    run: Run, settings: Settings, storage: Storage, inputs: Mapping[str, Manifest], semantic_ids: Manifest
+) -> Computed:
+    warm_start = inputs.get("warm_start")
+    arguments = {
+        "settings": settings,
+        "storage": storage,
+        "semantic_ids": semantic_ids,
+        "warm_start": warm_start,
+    }
+    entries, facts = train(run, settings, inputs["sequences"], make_tiger, arguments)
+    if warm_start is not None:
+        facts["summary"] += f", begun with the model of {warm_start.date}"
+    return entries, {
+        **facts,
+        "space": id_space(semantic_ids),
+        "level_sizes": semantic_ids.metadata["level_sizes"],
+    }
+
+
+def make_tiger(
+    settings: Settings, storage: Storage, semantic_ids: Manifest, warm_start: Manifest | None
+) -> Trainee:
+    """The paper's model, or the last night's with tonight's settings."""
+    ids = load_semantic_ids(storage, semantic_ids)
+    vocabulary = Vocabulary(ids.level_sizes, settings.model.num_user_buckets)
+    vocabulary.require_codes(ids.codes_NI)
+    torch.manual_seed(settings.seed)
+    model = TigerModel(settings.model, vocabulary)
+    if warm_start is not None:
+        # into a model of tonight's settings: dropout and the length of histories may be others
+        model.load_state_dict(load_model(storage, warm_start, semantic_ids).state_dict())
+    make_ranker = partial(
+        BeamRanker,
+        codes_NI=ids.codes_NI,
+        eligible_N=ids.eligible_N,
+        precision=settings.training.precision,
+    )
+    return Trainee(
+        model,
+        tiger_task(model, ids.codes_NI),
+        make_ranker,
+        settings.model.max_history,
+        vocabulary.id_length,
+        vocabulary.num_user_buckets > 0,
+    )
+
+
+def train(
+    run: Run,
+    settings: Settings,
+    sequences: Manifest,
+    make_trainee: Callable[..., Trainee],
+    arguments: Mapping[str, Any],
+) -> tuple[list[FileEntry], dict[str, Any]]:
+    """Train with section `training`, by one worker or by several of Ray Train; goes on where an earlier attempt ended.
+
+    Args:
+        run: gets the model's files and its curve.
+        settings: of the night.
+        sequences: histories.
+        make_trainee: called on each worker.
+        arguments: its keyword arguments.
+
+    Returns:
+        The files, and the facts for the manifest.
+
+    Raises:
+        DataError: no user has two events that training may see.
+        TigerError: as `run_workers`.
+    """
+    training, names = settings.training, (*MODEL_FILES, "curve.json")
+    done = run.finished()
+    if not all(name in done for name in names):
+        if not sequences.metadata[f"examples_{training.holdout}"]:
+            raise DataError(
+                f"no training example: none of {sequences.metadata['users']:,} users has two events that "
+                f"training may see (training.holdout is {training.holdout!r})"
+            )
+        config = {
+            "settings": settings,
+            "sequences": sequences,
+            "make_trainee": make_trainee,
+            "arguments": dict(arguments),
+        }
+        run_workers(_train_worker, config, run=run, date=settings.date, settings=training)
+        done = run.finished()
+    curve = json.loads(run.read_file(done["curve.json"]))
+    chosen = curve["chosen"]
+    summary = f"{chosen['step']:,} steps of {training.global_batch_size}, loss {chosen['loss']:.3f}"
+    if JUDGED_BY in chosen:
+        summary += f", validation {JUDGED_BY} {chosen[JUDGED_BY]:.4f}, the best of {len(curve['points'])}"
+    return [done[name] for name in names], {
+        "summary": f"{summary}, holdout {training.holdout}",
+        "holdout": training.holdout,
+        **chosen,
+    }
+
+
+def _train_worker(config: dict[str, Any], worker: Worker) -> None:
+    """What each worker runs."""
+    run, settings, sequences = config["run"], config["settings"], config["sequences"]
+    storage, training = run.storage, settings.training
+    rank, world_size, device = worker.rank, worker.world_size, worker.device
+    if device.type == "cpu":
+        keep_freed_memory()
+    trainee: Trainee = config["make_trainee"](**config["arguments"])
+    model = trainee.model.to(device)
+    examples = open_examples(
+        storage,
+        sequences,
+        holdout=training.holdout,
+        max_history=trainee.max_history,
+        events_in_memory=training.events_in_memory,
+        seed=settings.seed,
+    )
+    optimizer = make_optimizer(model, training)
+    progress = Progress()
+    # the date, so that yesterday's run of the same inputs is not resumed unseen
+    checkpoints = f"checkpoint-{settings.date}"
+    # read once, for all workers must go on from the same one, and an orphan may still be writing
+    state: list[Any] = [run.read_beside(checkpoints, STATE_FILE) if worker.is_first else None]
+    if world_size > 1:
+        dist.broadcast_object_list(state, device=device)
+    if state[0] is not None:
+        try:
+            progress = load_state(state.pop(), model, optimizer)
+        except ArtifactError as error:
+            where = storage.uri(f"{run.artifact}/_runs/{run.run_id}/{checkpoints}")
+            raise ArtifactError(f"{error}. To begin again, remove {where}/{STATE_FILE}") from None
+    if worker.is_first:
+        begins = f"resumes at step {progress.step:,}" if progress.step else "begins"
+        print(f"training {begins}: {len(examples):,} examples, workers: {world_size}", flush=True)
+    validate: Callable[[], Mapping[str, float]] = dict
+    if training.validation_users and training.holdout != "none":
+        validation = load_validation(
+            storage,
+            sequences,
+            training.validation_users,
+            trainee.make_ranker,
+            holdout=training.holdout,
+            rank=rank,
+            world_size=world_size,
+        )
+        validate = partial(validation.metrics, model, device)
+    sinks: list[Any] = []
+    if worker.is_first:
+        sinks.append(TensorBoard(progress.step))
+        if wants_mlflow():
+            sections = {name: settings.resolved()[name] for name in ("model", "training")}
+            sinks.append(MLflow(f"{settings.date} {run.run_id}", sections))
+
+    def save(progress: Progress) -> None:
+        if not worker.is_first:
+            return
+        try:
+            run.write_beside(checkpoints, {STATE_FILE: save_state(model, optimizer, progress)})
+        except StorageError as error:
+            before = progress.curve[:-1]
+            again = (
+                f"goes on from its checkpoint of step {before[-1]['step']:,}" if before else "begins again"
+            )
+            raise StorageError(
+                f"training stopped, for its checkpoint of step {progress.step:,} could not be written. {error}. "
+                f"The same command {again}"
+            ) from None
+        try:
+            run.write_beside("tensorboard", sinks[0].files())
+        except StorageError as error:  # no night is lost for a curve
+            print(f"TensorBoard's file of step {progress.step:,} could not be written: {error}", flush=True)
+
+    fit(
+        model
+        if world_size == 1
+        else DistributedDataParallel(model, [device] if device.index is not None else None),
+        optimizer,
+        examples.batches(
+            training.global_batch_size,
+            start=progress.step,
+            rank=rank,
+            world_size=world_size,
+            batch_tokens=training.batch_tokens or BATCH_TOKENS[device.type],
+            id_length=trainee.id_length,
+            user_token=trainee.user_token,
+        ),
+        trainee.task,
+        training,
+        progress,
+        TrainingLog(
+            training.log_every_steps,
+            training.num_steps,
+            device,
+            measured_peak(device, dtype_of(training.precision, device)),
+            sinks,
+        ),
+        seed=settings.seed,
+        rank=rank,
+        world_size=world_size,
+        validate=validate,
+        save=save,
+    )
+    for sink in sinks:
+        sink.close()
+    if worker.is_first:
+        with torch.no_grad():
+            for name, weight in progress.best.items():
+                model.get_parameter(name).copy_(weight)
+        for name, data in model.to_files().items():
+            run.write_file(name, data)
+        curve = {"points": progress.curve, "chosen": progress.chosen}
+        run.write_file("curve.json", json.dumps(curve).encode())

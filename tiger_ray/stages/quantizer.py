@@ -1,0 +1,105 @@
+"""Embeddings -> the frozen quantizer, fitted by workers that each see a share of the catalog.
+
+It is fitted on the first night and kept until `quantizer.version` is raised (or another quantizer setting
+changes), which starts a new ID space.
+
+B items in block, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tiger_ray.artifacts.manifest import FileEntry, Manifest
+from tiger_ray.artifacts.run import Run
+from tiger_ray.artifacts.schemas import matrix_of
+from tiger_ray.artifacts.storage import Storage
+from tiger_ray.cluster.workers import Worker, run_workers
+from tiger_ray.ids import quantizers
+from tiger_ray.published.quantizer import QUANTIZER_FILES
+from tiger_ray.settings.settings import Settings
+from tiger_ray.stages.stage import Computed, StageResult, run_stage
+
+
+def fit_quantizer(settings: Settings, storage: Storage, embeddings: Manifest) -> StageResult:
+    """Publish the artifact `quantizer`, unless one with these settings exists already.
+
+    The embeddings are not part of its fingerprint: new items must not move old ones.
+    """
+    return run_stage(
+        storage,
+        settings,
+        "quantizer",
+        inputs={},
+        sections={"quantizer": settings.quantizer},
+        source={"encoder": embeddings.metadata["encoder"], "dim": embeddings.metadata["dim"]},
+        compute=lambda run: _fit(run, settings, storage, embeddings),
+    )
+
+
+def _fit(run: Run, settings: Settings, storage: Storage, embeddings: Manifest) -> Computed:
+    quantizer = settings.quantizer
+    done = run.finished()
+    if not all(name in done for name in QUANTIZER_FILES):
+        arguments = {"settings": settings, "storage": storage, "embeddings": embeddings}
+        run_workers(_fit_share, arguments, run=run, date=settings.date, settings=quantizer)
+        done = run.finished()
+    entries = [done[name] for name in QUANTIZER_FILES]
+    level_sizes = quantizers.load({entry.name: run.read_file(entry) for entry in entries}).level_sizes
+    summary = f"{quantizer.kind}, {' x '.join(map(str, level_sizes)) or 'no'} codewords"
+    return entries, {"summary": summary, "level_sizes": list(level_sizes), "kind": quantizer.kind}
+
+
+def _fit_share(arguments: dict[str, Any], worker: Worker) -> None:
+    settings = arguments["settings"]
+    blocks = EmbeddingBlocks(arguments["storage"], arguments["embeddings"], worker.rank, worker.world_size)
+
+    def log(line: str) -> None:
+        if worker.is_first:
+            print(f"quantizer: {line}", flush=True)
+
+    rows = arguments["embeddings"].rows
+    quantizer = quantizers.fit(
+        settings.quantizer, blocks, seed=settings.seed, rows=rows, device=worker.device, log=log
+    )
+    if worker.is_first:
+        for name, data in quantizer.to_files().items():
+            arguments["run"].write_file(name, data)
+
+
+class EmbeddingBlocks(Sequence[npt.NDArray[np.float32]]):
+    """One worker's share of the published embeddings, (B, D) float32 each; read from storage when asked for.
+
+    Args:
+        storage: where they are.
+        embeddings: the artifact.
+        rank: of this worker.
+        num_workers: in all; each has an equal run of rows.
+    """
+
+    def __init__(self, storage: Storage, embeddings: Manifest, rank: int, num_workers: int) -> None:
+        self._storage, self._embeddings = storage, embeddings
+        first, end = (embeddings.rows * part // num_workers for part in (rank, rank + 1))
+        self._pieces: list[tuple[FileEntry, int, int]] = []
+        start = 0
+        for entry in embeddings.files:
+            low, high = max(first - start, 0), min(end - start, entry.rows)
+            if low < high:
+                self._pieces.append((entry, low, high))
+            start += entry.rows
+        # A worker without rows still has to know the width.
+        self._pieces = self._pieces or [(embeddings.files[0], 0, 0)]
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        entry, first, end = self._pieces[number]
+        table = self._storage.read_table(self._embeddings, entry, columns=["embedding"])
+        return np.array(matrix_of(table.slice(first, end - first).column("embedding")))

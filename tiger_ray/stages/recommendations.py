@@ -1,0 +1,262 @@
+"""Users -> top-K rows in Parquet, and the same decoding against held-out events for the evaluation.
+
+Each Ray Data actor holds model, Semantic IDs and trie, and turns one shard of users into one file. A user
+without history gets the most popular items instead, marked `fallback`.
+
+B users of a shard, K items per user, I id_length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from tiger_ray.artifacts import schemas
+from tiger_ray.artifacts.lineage import require_same_id_space, require_same_registry
+from tiger_ray.artifacts.manifest import FileEntry, Manifest
+from tiger_ray.artifacts.run import Run
+from tiger_ray.artifacts.storage import Storage
+from tiger_ray.cluster.shards import map_shards
+from tiger_ray.core.arrays import best_first, ranges
+from tiger_ray.core.hashing import fingerprint
+from tiger_ray.data.histories import user_shards
+from tiger_ray.errors import ArtifactError
+from tiger_ray.published.evaluation import evaluation_of
+from tiger_ray.published.scorer import Scorer
+from tiger_ray.rankers.fallback import FALLBACK, GENERATED
+from tiger_ray.settings.base import Section
+from tiger_ray.settings.recommendations import RecommendationsSettings
+from tiger_ray.settings.settings import Settings
+from tiger_ray.stages.stage import FORMAT_VERSIONS, Computed, StageResult, run_stage
+
+SLOTS = 4_000_000
+"""Recommendations in one array of Arrow, whose text ends at 2 GiB: ids of up to 500 bytes."""
+
+
+def run(
+    settings: Settings, storage: Storage, model: Manifest, semantic_ids: Manifest, sequences: Manifest
+) -> StageResult:
+    """Publish the artifact `recommendations`: what comes after each user's whole history.
+
+    Raises:
+        ArtifactError: the model was trained on other Semantic IDs, or the histories were built on others.
+    """
+    require_same_id_space(model, semantic_ids)
+    require_same_registry(sequences, semantic_ids)
+    inputs = {"model": model, "semantic_ids": semantic_ids, "sequences": sequences}
+    scoring = scoring_name(settings, inputs)
+    return run_stage(
+        storage,
+        settings,
+        "recommendations",
+        inputs=inputs,
+        sections=_sections(settings),
+        draws=settings.decoding.sample,
+        source={"date": settings.date},
+        compute=lambda run: _compute(run, settings, storage, scoring, inputs),
+    )
+
+
+def scoring_name(settings: Settings, inputs: Mapping[str, Manifest]) -> str:
+    """Fingerprint of everything that decides which items are recommended, which is all but the date."""
+    return fingerprint(
+        {
+            "format_version": FORMAT_VERSIONS["recommendations"],
+            "inputs": {name: manifest.digest for name, manifest in inputs.items()},
+            "settings": {name: section.fingerprint() for name, section in _sections(settings).items()},
+            "seed": settings.seed if settings.decoding.sample else None,
+        }
+    )
+
+
+def _sections(settings: Settings) -> dict[str, Section]:
+    return {"decoding": settings.decoding, "recommendations": settings.recommendations}
+
+
+def _compute(
+    run: Run, settings: Settings, storage: Storage, scoring: str, inputs: Mapping[str, Manifest]
+) -> Computed:
+    shards = user_shards(inputs["sequences"])
+    twin = _twin(storage, scoring)
+    versions = {
+        "model_version": inputs["model"].run_id,
+        "semantic_ids_version": inputs["semantic_ids"].run_id,
+    }
+    if twin is not None:
+        entries = map_shards(
+            run,
+            _RedateShard,
+            {
+                "storage": storage,
+                "twin": twin,
+                "values": {"date": settings.date, **versions},
+                "group_rows": _group_rows(settings.recommendations),
+            },
+            shards=twin.files,
+            num_workers=settings.decoding.num_workers,
+            num_cpus=1,
+            use_gpu=False,
+        )
+    else:
+        entries = map_shards(
+            run,
+            _ScoreShard,
+            {"storage": storage, "settings": settings, "inputs": dict(inputs)},
+            shards=shards,
+            num_workers=settings.decoding.num_workers,
+            num_cpus=settings.decoding.cpus_per_worker,
+            use_gpu=settings.decoding.use_gpu,
+        )
+    users = sum(entry.rows for entry in shards)
+    facts = {
+        name: sum(entry.facts[name] for entry in entries)
+        for name in ("users", "fallback_users", "short_lists")
+    }
+    assert facts["users"] == users, f"{users} users were to be scored, {facts['users']} were"
+    evaluated = evaluation_of(storage, settings, inputs["model"])
+    top_k, eligible = settings.recommendations.top_k, int(inputs["semantic_ids"].metadata["eligible"])
+    summary = f"{users:,} users, {facts['fallback_users']:,} by popularity"
+    if facts["short_lists"]:
+        summary += f", {facts['short_lists']:,} with fewer than {top_k} items ({eligible:,} may be recommended at all)"
+    if twin is not None:
+        summary += ", same as an earlier night's but for the date"
+    return entries, {
+        "summary": summary,
+        **facts,
+        "eligible_items": eligible,
+        "scoring": scoring,
+        "top_k": top_k,
+        "form": settings.recommendations.form,
+        **versions,
+        "holdout": inputs["model"].metadata["holdout"],
+        # kept beside the recommendations for the next night's gate
+        "evaluation": None
+        if evaluated is None
+        else {**evaluated.metadata["model"], "protocol": evaluated.metadata["protocol"]},
+    }
+
+
+def _twin(storage: Storage, scoring: str) -> Manifest | None:
+    """The last recommendations, if only their date differs from tonight's."""
+    try:
+        last = storage.resolve("recommendations")
+    except ArtifactError:
+        return None
+    return last if last.metadata["scoring"] == scoring and storage.is_intact(last) else None
+
+
+def _group_rows(settings: RecommendationsSettings) -> int:
+    """Rows that hold `SLOTS` recommendations."""
+    return SLOTS if settings.form == "long" else max(SLOTS // settings.top_k, 1)
+
+
+class _RedateShard:
+    """Copies one file of recommendations under a new date, and the versions of that night."""
+
+    def __init__(
+        self, run: Run, storage: Storage, twin: Manifest, values: Mapping[str, str], group_rows: int
+    ) -> None:
+        self._run, self._storage, self._twin, self._values = run, storage, twin, values
+        self._group_rows = group_rows
+
+    def __call__(self, shard: FileEntry) -> FileEntry:
+        table = self._storage.read_table(self._twin, shard)
+        parts = [
+            min(self._group_rows, table.num_rows - at) for at in range(0, table.num_rows, self._group_rows)
+        ]
+        for name, value in self._values.items():
+            place = table.schema.get_field_index(name)
+            repeated = pa.chunked_array([pa.repeat(value, rows) for rows in parts], pa.string())
+            table = table.set_column(place, table.schema.field(name), repeated)
+        return self._run.write_table(shard.name, table, shard.facts, self._group_rows)
+
+
+class _ScoreShard:
+    """Scores one file of users."""
+
+    def __init__(
+        self, run: Run, storage: Storage, settings: Settings, inputs: Mapping[str, Manifest]
+    ) -> None:
+        self._run, self._storage, self._settings, self._inputs = run, storage, settings, inputs
+        self._scorer = Scorer(storage, settings, **inputs)
+
+    def __call__(self, shard: FileEntry) -> FileEntry:
+        settings = self._settings.recommendations
+        users = self._storage.read_table(self._inputs["sequences"], shard.name).combine_chunks()
+        item_index, lengths_B = _histories(users)
+        known_B = lengths_B > 0
+        found_BK = np.full((len(lengths_B), settings.top_k), -1, np.int64)
+        score_BK = np.full(found_BK.shape, -np.inf, np.float32)
+        if known_B.any():
+            found_BK[known_B], score_BK[known_B] = best_first(
+                *self._scorer.recommend(
+                    item_index,
+                    lengths_B[known_B],
+                    users.column("user_hash").to_numpy()[known_B],
+                    settings.top_k,
+                    exclude_history=settings.exclude_history,
+                )
+            )
+        popular_K, share_K = self._scorer.most_popular(settings.top_k)
+        found_BK[~known_B, : len(popular_K)] = popular_K
+        score_BK[~known_B, : len(popular_K)] = share_K
+
+        step = max(SLOTS // settings.top_k, 1)
+        parts = [slice(start, start + step) for start in range(0, max(len(lengths_B), 1), step)]
+        user_id = users.column("user_id")
+        table = pa.concat_tables(
+            [self._table(user_id[part], found_BK[part], score_BK[part], known_B[part]) for part in parts]
+        )
+        facts = {
+            "users": len(lengths_B),
+            "fallback_users": int((~known_B).sum()),
+            "short_lists": int((found_BK[:, -1] < 0).sum()),
+        }
+        return self._run.write_table(shard.name, table, facts, _group_rows(settings))
+
+    def _table(
+        self,
+        user_id: pa.ChunkedArray,
+        found_BK: npt.NDArray[np.int64],
+        score_BK: npt.NDArray[np.float32],
+        known_B: npt.NDArray[np.bool_],
+    ) -> pa.Table:
+        """Lists of items as rows of the contract."""
+        there_BK = found_BK >= 0
+        length_B = there_BK.sum(axis=1)
+        item_index = found_BK[there_BK]
+        item_id = self._scorer.ids.item_ids(item_index)
+        score = pa.array(score_BK[there_BK])
+        codes = self._scorer.ids.codes_NI[item_index]
+        starts = np.arange(0, codes.size + 1, codes.shape[1], dtype=np.int32)
+        semantic_id = pa.ListArray.from_arrays(pa.array(starts), pa.array(codes.ravel()))
+        source = pa.array(np.where(np.repeat(known_B, length_B), GENERATED, FALLBACK))
+        date, model, ids = (
+            self._settings.date,
+            self._inputs["model"].run_id,
+            self._inputs["semantic_ids"].run_id,
+        )
+        if self._settings.recommendations.form == "long":
+            row = np.repeat(np.arange(len(length_B)), length_B)
+            rank = (ranges(np.zeros_like(length_B), length_B) + 1).astype(np.int16)
+            columns = [user_id.take(pa.array(row)), pa.array(rank), item_id, score, semantic_id, source]
+            schema = schemas.recommendations_long(user_id.type, item_id.type)
+        else:
+            offsets = pa.array(np.concatenate([[0], np.cumsum(length_B)]).astype(np.int32))
+            lists = [
+                pa.ListArray.from_arrays(offsets, values) for values in (item_id, score, semantic_id, source)
+            ]
+            columns = [user_id, *lists]
+            schema = schemas.recommendations(user_id.type, item_id.type)
+        num_rows = len(columns[0])
+        columns += [pa.repeat(value, num_rows) for value in (date, model, ids)]
+        return pa.table(columns, names=schema.names).cast(schema)
+
+
+def _histories(users: pa.Table) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """Items of all histories one after the other, (E,), and how many each user has, (B,)."""
+    history = users.column("history").combine_chunks()
+    return history.flatten().to_numpy(), np.diff(history.offsets.to_numpy()).astype(np.int64)

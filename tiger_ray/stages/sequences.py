@@ -1,0 +1,167 @@
+"""Events -> one history per user, by a keyed shuffle.
+
+Item ids become int32 item_index before the shuffle and a user's events are cut to the most recent
+`sequences.max_events` on both sides of it, so neither long ids nor one busy bot travel through it. A user
+whose events all name unknown items still gets a row, with an empty history.
+
+E events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+
+from tiger_ray.artifacts import schemas
+from tiger_ray.artifacts.files import shard_name
+from tiger_ray.artifacts.lineage import registry_of
+from tiger_ray.artifacts.manifest import FileEntry, Manifest
+from tiger_ray.artifacts.run import Run
+from tiger_ray.artifacts.storage import Storage
+from tiger_ray.artifacts.store import InputFile
+from tiger_ray.cluster.reading import blamed, read_events
+from tiger_ray.cluster.shards import plain_errors, write_partitions
+from tiger_ray.core.hashing import stable_hash
+from tiger_ray.data.events import ticks_at, wanted_columns
+from tiger_ray.data.histories import (
+    columns_for,
+    cuts_of,
+    histories_of,
+    holdouts,
+    popularity_of,
+    prepare_events,
+    seen_events,
+)
+from tiger_ray.errors import DataError
+from tiger_ray.published.semantic_ids import load_semantic_ids
+from tiger_ray.settings.sequences import SequencesSettings
+from tiger_ray.settings.settings import Settings
+from tiger_ray.stages.stage import Computed, StageResult, run_stage
+
+
+def run(settings: Settings, storage: Storage, events: Manifest, semantic_ids: Manifest) -> StageResult:
+    """Publish the artifact `sequences`: user shards and `popularity.parquet`.
+
+    Raises:
+        DataError: a time split is set, and nobody has an event to be tested on.
+    """
+    return run_stage(
+        storage,
+        settings,
+        "sequences",
+        inputs={"events": events, "semantic_ids": registry_of(semantic_ids)},
+        sections={"events": settings.events, "sequences": settings.sequences},
+        draws=settings.events.ties == "shuffled",
+        compute=lambda run: _compute(run, settings, storage, events, semantic_ids),
+    )
+
+
+def _compute(
+    run: Run, settings: Settings, storage: Storage, events: Manifest, semantic_ids: Manifest
+) -> Computed:
+    files = [InputFile(**file) for file in events.metadata["files"]]
+    # 20 bytes or so per item, shared by all tasks of a node: a broadcast beats a join.
+    items = ray.remote(_item_table).remote(storage, semantic_ids, settings.events.ties, settings.seed)
+    chosen = settings.sequences
+    moments = _moments(chosen, events.metadata["timestamp_unit"])
+    with blamed(files, settings.events.uri, wanted_columns(settings.events).values()):
+        shuffled = read_events(files, settings.events).map_batches(
+            lambda batch: prepare_events(batch, settings.events, settings.sequences, ray.get(items)),
+            batch_size=None,
+            batch_format="pyarrow",
+        )
+        entries = write_partitions(
+            shuffled, _Finish(run, chosen.max_events, moments), num_shards=chosen.num_shards
+        )
+    users = sum(entry.rows for entry in entries)
+    facts: dict[str, Any] = {
+        name: sum(int(entry.facts[name]) for entry in entries) for name in entries[0].facts
+    }
+    summary = f"{users:,} users, {facts['events']:,} of {events.metadata['events']:,} events kept"
+    if moments is not None:
+        if not facts["test_users_time"]:
+            raise DataError(
+                f"none of {users:,} users of {settings.events.uri} ({facts['events']:,} events) has an event from "
+                f"sequences.test_from {chosen.test_from} on and one before it; choose moments within the events"
+            )
+        validated, tested = (facts[f"{split}_users_time"] for split in ("validation", "test"))
+        summary += f", {validated:,} users to validate on and {tested:,} to test"
+        facts |= chosen.model_dump(mode="json", include={"validation_from", "test_from"})
+    num_items = int(semantic_ids.metadata["items"])
+    entries.append(_write_popularity(run, entries, num_items, has_moments=moments is not None))
+    return entries, {
+        "summary": summary,
+        "users": users,
+        "user_id_type": events.metadata["user_id_type"],
+        **facts,
+    }
+
+
+def _moments(settings: SequencesSettings, unit: str) -> tuple[int, int] | None:
+    """The first ticks of the validation and the test period, if a time split is set."""
+    if settings.validation_from is None or settings.test_from is None:
+        return None
+    return ticks_at(settings.validation_from, unit), ticks_at(settings.test_from, unit)
+
+
+def _item_table(storage: Storage, semantic_ids: Manifest, ties: str, seed: int) -> pa.Table:
+    """item_id and tie (int32 rank that decides between equal timestamps), in the order of item_index."""
+    item_id = schemas.as_large_string(load_semantic_ids(storage, semantic_ids).item_id).combine_chunks()
+    if ties == "shuffled":
+        order = np.argsort(stable_hash(item_id) ^ np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64), kind="stable")
+    else:
+        order = pc.sort_indices(item_id).to_numpy()
+    tie = np.empty(len(order), np.int32)
+    tie[order] = np.arange(len(order), dtype=np.int32)
+    return pa.table({"item_id": item_id, "tie": tie})
+
+
+class _Finish:
+    """Group and write one shard of users."""
+
+    def __init__(self, run: Run, max_events: int, moments: tuple[int, int] | None) -> None:
+        self._run, self._max_events, self._moments = run, max_events, moments
+
+    def __call__(self, rows: pa.Table, shard: int) -> FileEntry:
+        table = histories_of(rows, self._max_events, self._moments)
+        lengths = pc.list_value_length(table.column("history"))
+        facts = {
+            "events": pc.sum(lengths).as_py(),
+            "users_without_history": pc.sum(pc.equal(lengths, 0)).as_py(),
+        }
+        for holdout in holdouts(self._moments is not None):
+            cuts = cuts_of(table, holdout)
+            facts[f"examples_{holdout}"] = cuts.num_examples
+            if holdout != "none":
+                facts[f"validation_users_{holdout}"] = int((cuts.validation_at_B >= 0).sum())
+                facts[f"test_users_{holdout}"] = int((cuts.test_at_B >= 0).sum())
+        return self._run.write_table(shard_name(shard), table, facts=facts)
+
+
+def _write_popularity(
+    run: Run, shards: Sequence[FileEntry], num_items: int, *, has_moments: bool
+) -> FileEntry:
+    """Count item popularity in a few tasks, each over many shards, and keep the top of the list."""
+    names = holdouts(has_moments)
+    columns = columns_for("time" if has_moments else "none")
+
+    def count(part: Sequence[FileEntry]) -> np.ndarray:
+        total = np.zeros((len(names), num_items), np.int64)
+        for entry in part:
+            total += seen_events(run.read_table(entry, columns=columns), num_items, names)
+        return total
+
+    def finish(*parts: np.ndarray) -> FileEntry:
+        counts = dict(zip(names, np.sum(parts, axis=0), strict=True))
+        return run.write_table("popularity.parquet", popularity_of(counts))
+
+    num_tasks = min(8, len(shards))
+    parts = [ray.remote(count).remote(list(shards[task::num_tasks])) for task in range(num_tasks)]
+    with plain_errors():
+        entry: FileEntry = ray.get(ray.remote(finish).remote(*parts))
+    return entry

@@ -1,0 +1,1 @@
+"""A planted world with a known best ranking, for demos and tests."""

@@ -1,0 +1,1 @@
+"""Examples, batches, the training loop, validation, checkpoints and logs."""

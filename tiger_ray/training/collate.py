@@ -1,0 +1,72 @@
+"""A batch of histories as the tensors that the model reads, and the loss of the model on the tensors.
+
+B histories, L items of the longest, E items of all histories one after the other, I id_length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tiger_ray.model.sasrec import SasrecModel, padded
+from tiger_ray.model.t5 import TigerModel
+from tiger_ray.model.tokens import Vocabulary, pad_histories, user_buckets
+from tiger_ray.training.examples import Batch
+from tiger_ray.training.operations import sasrec_operations, tiger_operations
+
+
+def sasrec_task(model: SasrecModel) -> Task:
+    """Histories and next items."""
+
+    def task(batch: Batch) -> Work:
+        history_BT = padded(batch.item_E, batch.lengths_B)
+        target_B = torch.from_numpy(batch.target_B.astype(np.int64))
+        operations = sasrec_operations(model, batch.lengths_B)
+        return Work((history_BT, target_B), int(batch.lengths_B.sum()), history_BT.numel(), operations)
+
+    return task
+
+
+class Work(NamedTuple):
+    """One batch, ready for a network."""
+
+    inputs: tuple[Tensor, ...]
+    """Arguments of the network's forward, but for the label smoothing."""
+    tokens: int
+    """Tokens of the histories."""
+    padded: int
+    """The same with padding."""
+    operations: float
+    """Floating-point operations, forward and backward, without those on padding."""
+
+
+Task = Callable[[Batch], Work]
+"""How a network reads a batch."""
+
+
+def tiger_task(model: TigerModel, codes_NI: npt.NDArray[np.int16]) -> Task:
+    """Histories and next items as Semantic IDs, which are (N, I) int16 by item_index."""
+    vocabulary = model.vocabulary
+
+    def task(batch: Batch) -> Work:
+        history_BT, target_BI = tokens_of(batch, codes_NI, vocabulary)
+        tokens_B = batch.lengths_B * vocabulary.id_length + (vocabulary.num_user_buckets > 0)
+        operations = tiger_operations(model, tokens_B)
+        return Work((history_BT, target_BI), int(tokens_B.sum()), history_BT.numel(), operations)
+
+    return task
+
+
+def tokens_of(batch: Batch, codes_NI: npt.NDArray[np.int16], vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
+    """Token ids of histories, (B, T) int64, and of their next items, (B, I) int64; Semantic IDs are (N, I)."""
+    user_tokens = None
+    if vocabulary.num_user_buckets:
+        user_tokens = torch.from_numpy(user_buckets(batch.user_hash_B, vocabulary) + vocabulary.user_offset)
+    read_EI = vocabulary.tokens(codes_NI[batch.item_E])
+    history_BT = pad_histories(read_EI, torch.from_numpy(batch.lengths_B), user_tokens)
+    return history_BT, vocabulary.tokens(codes_NI[batch.target_B])

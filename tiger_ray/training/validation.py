@@ -1,0 +1,56 @@
+"""How good a model is while it is trained: a fixed sample of users, ranked as the finished model ranks them.
+
+The target is each user's validation event, which training does not see; the test target is never read.
+
+N items, I id_length, B users, E events of all users, C cells of a count by rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tiger_ray.evaluation import metrics
+from tiger_ray.rankers.base import Ranker
+
+TOP = 10
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A worker's part of the sample."""
+
+    item_E: npt.NDArray[np.int32]
+    """Events before each user's target, one user after the other."""
+    lengths_B: npt.NDArray[np.int64]
+    """Events per user; at least 1."""
+    user_hash_B: npt.NDArray[np.uint64]
+    target_B: npt.NDArray[np.int64]
+    """item_index to be ranked."""
+    make_ranker: Callable[[Any, torch.device], Ranker]
+    """Makes a ranker of the model as it is, in evaluation mode, on a device."""
+
+    def metrics(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        """Recall, NDCG and MRR at 10 of the model as it is, over the users of all workers; empty if there are none.
+
+        Source: paper section 4 (full ranking; leave-one-out, if that is the holdout), at item level.
+        """
+        rank_B = np.zeros(0, np.int64)
+        if len(self.target_B):
+            was_training = model.training
+            ranker = self.make_ranker(model.eval(), device)
+            found_BK, _ = ranker.recommend(self.item_E, self.lengths_B, self.user_hash_B, TOP)
+            rank_B = metrics.ranks(found_BK, self.target_B)
+            model.train(was_training)
+        count_C = torch.from_numpy(metrics.rank_counts(rank_B, TOP)).to(device)
+        if dist.is_initialized():
+            dist.all_reduce(count_C)
+        found = metrics.metrics(count_C.cpu().numpy(), (TOP,))
+        return found if found.pop("users") else {}
