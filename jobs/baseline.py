@@ -18,10 +18,9 @@ if TYPE_CHECKING:
 
 
 def main(settings: Settings, storage: Storage) -> None:
-    from tiger_ray.stages import baselines as contenders
+    from tiger_ray.stages.baselines import INPUTS, run_baseline
 
-    names = ("semantic_ids", "sequences", "catalog", "embeddings")
-    contenders.run(settings, storage, *(storage.resolve(name, settings.date) for name in names))
+    run_baseline(settings, storage, **{name: storage.resolve(name, settings.date) for name in INPUTS})
 
 
 if __name__ == "__main__":

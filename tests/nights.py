@@ -25,12 +25,12 @@ import ray
 from tiger_ray.artifacts.faults import CRASH_VARIABLE
 from tiger_ray.artifacts.manifest import Manifest
 from tiger_ray.artifacts.storage import Storage
-from tiger_ray.stages.stage import FORMAT_VERSIONS
+from tiger_ray.stages.night import STAGE_NAMES
 
 REPOSITORY = Path(__file__).parents[1]
 DATE = "2026-11-25"
 TIMEOUT_S = 240.0
-ARTIFACTS = tuple(FORMAT_VERSIONS)
+ARTIFACTS = STAGE_NAMES
 
 # Small, but with many decoder calls per user shard, so that a kill can come between two shards.
 SETTINGS = """

@@ -14,13 +14,8 @@ from tiger_ray.artifacts.storage import Storage
 from tiger_ray.core.hashing import fingerprint
 from tiger_ray.data.inputs import input_filesystem
 from tiger_ray.settings.settings import Settings
-from tiger_ray.stages import catalog, events, recommendations, sequences
-from tiger_ray.stages import embeddings as embeddings_stage
-from tiger_ray.stages import evaluation as harness
-from tiger_ray.stages import model as training
-from tiger_ray.stages import quantizer as fitting
-from tiger_ray.stages import semantic_ids as registry
-from tiger_ray.stages.stage import StageResult
+from tiger_ray.stages.night import NIGHT, STAGE_NAMES, inputs_of
+from tiger_ray.stages.stage import Stage, StageResult, run_stage
 
 MONDAY, TUESDAY, WEDNESDAY = "2026-11-23", "2026-11-24", "2026-11-25"
 
@@ -89,45 +84,23 @@ class Night:
         return pa.concat_tables([self.storage.read_table(self[artifact], name) for name in names])
 
 
-STAGES = (
-    "catalog",
-    "events",
-    "embeddings",
-    "quantizer",
-    "semantic_ids",
-    "sequences",
-    "model",
-    "evaluation",
-    "recommendations",
-)
+STAGES = STAGE_NAMES
 
 
 def run_night(settings: Settings, until: str = "recommendations") -> Night:
-    """The stages in the order of jobs/nightly.py, up to and with `until`."""
+    """The stages of the night up to and with `until`, without the quality gate."""
     storage = Storage(settings.storage.root)
     night = Night(settings, storage)
-    stages = {
-        "catalog": lambda: catalog.run(settings, storage),
-        "events": lambda: events.run(settings, storage, night["catalog"]),
-        "embeddings": lambda: embeddings_stage.run(settings, storage, night["catalog"]),
-        "quantizer": lambda: fitting.fit_quantizer(settings, storage, night["embeddings"]),
-        "semantic_ids": lambda: registry.assign_semantic_ids(
-            settings, storage, night["catalog"], night["embeddings"], night["quantizer"]
-        ),
-        "sequences": lambda: sequences.run(settings, storage, night["events"], night["semantic_ids"]),
-        "model": lambda: training.run(settings, storage, night["sequences"], night["semantic_ids"]),
-        "evaluation": lambda: harness.evaluate(
-            settings, storage, night["model"], night["semantic_ids"], night["sequences"], night["catalog"]
-        ),
-        "recommendations": lambda: recommendations.run(
-            settings, storage, night["model"], night["semantic_ids"], night["sequences"]
-        ),
-    }
-    for artifact in STAGES[: STAGES.index(until) + 1]:
-        if artifact == "evaluation" and settings.training.holdout == "none":
-            continue
-        night.results[artifact] = stages[artifact]()
+    for stage in NIGHT[: STAGES.index(until) + 1]:
+        if not stage.left_out(settings):
+            inputs = inputs_of(stage, settings, storage, night.results)
+            night.results[stage.name] = run_stage(stage, settings, storage, **inputs)
     return night
+
+
+def run(stage: Stage, settings: Settings, storage: Storage, *inputs: Manifest) -> StageResult:
+    """One stage on these inputs, in the order of `stage.inputs`."""
+    return run_stage(stage, settings, storage, **dict(zip(stage.inputs, inputs, strict=True)))
 
 
 def published_dates(storage: Storage) -> set[tuple[str, str]]:

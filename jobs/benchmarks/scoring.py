@@ -60,6 +60,7 @@ def job_users_per_s(root: str, users: Users) -> tuple[float, float]:
     from tiger_ray.artifacts.lineage import registry_of
     from tiger_ray.artifacts.storage import Storage
     from tiger_ray.stages import recommendations
+    from tiger_ray.stages.stage import run_stage
 
     settings = Settings(
         date="2026-01-01",
@@ -75,7 +76,7 @@ def job_users_per_s(root: str, users: Users) -> tuple[float, float]:
         made_of = {"semantic_ids": registry_of(inputs["semantic_ids"]).digest} if name == "sequences" else {}
         inputs[name] = publish(Storage(root), name, *planted, made_of)
     start = time.monotonic()
-    manifest = recommendations.run(settings, Storage(root), **inputs).manifest
+    manifest = run_stage(recommendations.STAGE, settings, Storage(root), **inputs).manifest
     seconds = time.monotonic() - start
     ray.shutdown()
     files = [

@@ -308,8 +308,8 @@ def measure_scale(claims: Claims, sizes: list[int], repeats: int, root: str) -> 
 
 def planted_night(storage: Any, num_shards: int, date: str, items: int, disambiguator_size: int) -> Any:
     """Publish the inputs of a night if they are not there yet, and assign its Semantic IDs."""
-    from tiger_ray.stages import quantizer as fitting
-    from tiger_ray.stages import semantic_ids as registry
+    from tiger_ray.stages import quantizer, semantic_ids
+    from tiger_ray.stages.stage import run_stage
 
     settings = Settings(
         date=date,
@@ -323,8 +323,8 @@ def planted_night(storage: Any, num_shards: int, date: str, items: int, disambig
         artifact: published(storage, artifact, settings, items, write)
         for artifact, write in (("catalog", write_catalog), ("embeddings", write_embeddings))
     }
-    quantizer = fitting.fit_quantizer(settings, storage, inputs["embeddings"]).manifest
-    return registry.assign_semantic_ids(settings, storage, inputs["catalog"], inputs["embeddings"], quantizer)
+    fitted = run_stage(quantizer.STAGE, settings, storage, embeddings=inputs["embeddings"])
+    return run_stage(semantic_ids.STAGE, settings, storage, **inputs, quantizer=fitted.manifest)
 
 
 def published(storage: Any, artifact: str, settings: Settings, items: int, write: Callable[..., Any]) -> Any:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 import ray
 
-from tests.worlds import TUESDAY, Night, tiny_settings
+from tests.worlds import TUESDAY, Night, run, tiny_settings
 from tiger_ray.artifacts.run import Run
 from tiger_ray.artifacts.storage import Storage
 from tiger_ray.cluster.connect import connect
@@ -46,7 +46,7 @@ def test_a_worker_may_take_every_cpu_there_is(night: Night, night_root: str) -> 
     sections = {"decoding": {"cpus_per_worker": 2}, "evaluation": {"max_users": 50}}
     settings = tiny_settings(night_root, data, TUESDAY, **sections)
     inputs = (night[name] for name in ("model", "semantic_ids", "sequences", "catalog"))
-    assert harness.evaluate(settings, Storage(night_root), *inputs).status == "computed"
+    assert run(harness.STAGE, settings, Storage(night_root), *inputs).status == "computed"
 
 
 @pytest.mark.usefixtures("local_ray")

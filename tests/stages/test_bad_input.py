@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 import ray
 
-from tests.worlds import MONDAY, published_dates, run_night, tiny_settings, write
+from tests.worlds import MONDAY, published_dates, run, run_night, tiny_settings, write
 from tiger_ray.artifacts.storage import Storage
 from tiger_ray.cluster.connect import connect, require_room
 from tiger_ray.errors import DataError, SettingsError, StorageError
@@ -153,7 +153,7 @@ def test_events_that_are_gone_when_the_histories_are_built(bad_events):
     ):
         (bad_events.data / "events" / f"part-0000{number}.parquet").unlink()
         with pytest.raises(DataError, match=message):
-            sequences.run(night.settings, night.storage, night["events"], night["semantic_ids"])
+            run(sequences.STAGE, night.settings, night.storage, night["events"], night["semantic_ids"])
 
 
 def test_dictionaries_of_any_width_are_read(bad):

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tests.worlds import MONDAY, TUESDAY, Night, published_dates, tiny_settings
+from tests.worlds import MONDAY, TUESDAY, Night, published_dates, run, tiny_settings
 from tiger_ray.artifacts import schemas
 from tiger_ray.artifacts.manifest import Manifest
 from tiger_ray.artifacts.storage import Storage
@@ -45,9 +45,8 @@ class Rivals:
         return tiny_settings(self.root, self.data, date, **sections)
 
     def run(self, kind: str, **changed: Any) -> Manifest:
-        names = ("semantic_ids", "sequences", "catalog", "embeddings")
-        inputs = [self.night[name] for name in names]
-        return contenders.run(self.settings(kind, **changed), self.storage, *inputs).manifest
+        inputs = {name: self.night[name] for name in contenders.INPUTS}
+        return contenders.run_baseline(self.settings(kind, **changed), self.storage, **inputs).manifest
 
     def lists(self, evaluated: Manifest) -> Any:
         tables = [
@@ -129,9 +128,9 @@ def test_sasrec_learns_by_the_workers_of_the_model_and_is_kept(
     chosen = max(curve, key=lambda point: point["ndcg@10"])["step"]
     said = f"step {chosen} of 40, batches of {model.settings['training']['global_batch_size']}, seed 0"
     assert evaluated["sasrec"].metadata["training"] == said
-    again = contenders.train_sasrec(
-        rivals.settings("sasrec"), rivals.storage, rivals.night["semantic_ids"], rivals.night["sequences"]
-    )
+    settings = rivals.settings("sasrec")
+    stage = contenders.sasrec_stage(settings.sasrec)
+    again = run(stage, settings, rivals.storage, rivals.night["sequences"], rivals.night["semantic_ids"])
     assert again.status == "skipped"
 
 
@@ -203,8 +202,14 @@ def test_a_model_of_other_histories_is_not_evaluated(night: Night, rivals: Rival
     inputs = {**night["model"].inputs, "sequences": "0" * 64}
     model = night["model"].model_copy(update={"inputs": inputs})
     with pytest.raises(ArtifactError, match="was trained on other histories"):
-        harness.evaluate(
-            night.settings, rivals.storage, model, night["semantic_ids"], night["sequences"], night["catalog"]
+        run(
+            harness.STAGE,
+            night.settings,
+            rivals.storage,
+            model,
+            night["semantic_ids"],
+            night["sequences"],
+            night["catalog"],
         )
     assert ("evaluation", TUESDAY) not in published_dates(rivals.storage)
 

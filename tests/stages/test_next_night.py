@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from tests.worlds import STAGES, TUESDAY, WEDNESDAY, published_dates, run_night, tiny_settings
+from tests.worlds import STAGES, TUESDAY, WEDNESDAY, published_dates, run, run_night, tiny_settings
 from tiger_ray.artifacts.lineage import id_space
 from tiger_ray.artifacts.storage import Storage
 from tiger_ray.errors import ArtifactError, DataError, PublishError, QualityError
@@ -224,16 +224,21 @@ def test_a_model_of_another_id_space_is_refused(night, night_root, world):
         load_model(other.storage, night["model"], other["semantic_ids"])
     arguments = (settings, other.storage, night["model"], other["semantic_ids"], night["sequences"])
     with pytest.raises(ArtifactError, match="was trained on ID space"):
-        recommendations.run(*arguments)
+        run(recommendations.STAGE, *arguments)
     with pytest.raises(ArtifactError, match="was trained on ID space"):
-        harness.evaluate(*arguments, night["catalog"])
+        run(harness.STAGE, *arguments, night["catalog"])
     # an item_index of the old histories would be another item of the new registry
     histories, ids = night["sequences"], other["semantic_ids"]
     for begin in (
-        lambda: training.run(settings, other.storage, histories, ids),
-        lambda: contenders.train_sasrec(settings, other.storage, ids, histories),
-        lambda: contenders.run(
-            settings, other.storage, ids, histories, night["catalog"], night["embeddings"]
+        lambda: run(training.STAGE, settings, other.storage, histories, ids),
+        lambda: run(contenders.sasrec_stage(settings.sasrec), settings, other.storage, histories, ids),
+        lambda: contenders.run_baseline(
+            settings,
+            other.storage,
+            semantic_ids=ids,
+            sequences=histories,
+            catalog=night["catalog"],
+            embeddings=night["embeddings"],
         ),
     ):
         with pytest.raises(ArtifactError, match=r"were not built on Semantic IDs .*jobs/build_sequences"):
@@ -243,15 +248,16 @@ def test_a_model_of_another_id_space_is_refused(night, night_root, world):
     )
     arguments = (settings, other.storage, model, ids, histories)
     with pytest.raises(ArtifactError, match="were not built on Semantic IDs"):
-        recommendations.run(*arguments)
+        run(recommendations.STAGE, *arguments)
     with pytest.raises(ArtifactError, match="were not built on Semantic IDs"):
-        harness.evaluate(*arguments, night["catalog"])
+        run(harness.STAGE, *arguments, night["catalog"])
 
 
 def test_a_model_that_saw_every_event_cannot_be_evaluated(night):
     saw_all = night["model"].model_copy(update={"metadata": {**night["model"].metadata, "holdout": "none"}})
     with pytest.raises(DataError, match=r"trained on all events \(training\.holdout is 'none'\)"):
-        harness.evaluate(
+        run(
+            harness.STAGE,
             night.settings,
             night.storage,
             saw_all,

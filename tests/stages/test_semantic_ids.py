@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tests.worlds import MONDAY, TUESDAY, WEDNESDAY, publish, published_dates, tiny_settings
+from tests.worlds import MONDAY, TUESDAY, WEDNESDAY, publish, published_dates, run, tiny_settings
 from tiger_ray.artifacts.manifest import Manifest
 from tiger_ray.artifacts.schemas import matrix_of
 from tiger_ray.artifacts.storage import Storage
@@ -90,7 +90,7 @@ class Registry:
     def night(self, numbers: range, date: str = MONDAY, num_shards: int = 3, **changed: Any) -> StageResult:
         settings = self.settings(date, **changed)
         inputs = self.inputs(numbers, settings, num_shards)
-        return registry.assign_semantic_ids(settings, self.storage, *inputs)
+        return run(registry.STAGE, settings, self.storage, *inputs)
 
     def read(self, result: StageResult) -> semantic_ids.SemanticIds:
         return published_ids.load_semantic_ids(self.storage, result.manifest)
@@ -169,7 +169,7 @@ def test_items_that_are_gone_keep_their_id_and_leave_the_trie(two_nights: Any) -
 def test_an_item_whose_text_changed_keeps_its_id(at: Registry) -> None:
     monday = at.read(at.night(range(0, 50)))
     settings = at.settings(TUESDAY)
-    changed = registry.assign_semantic_ids(settings, at.storage, *at.inputs(range(0, 60), settings, seed=9))
+    changed = run(registry.STAGE, settings, at.storage, *at.inputs(range(0, 60), settings, seed=9))
     assert changed.manifest.metadata["new_items"] == 10
     assert by_item(monday).items() <= by_item(at.read(changed)).items()
 
@@ -207,7 +207,7 @@ def test_a_night_that_loses_the_race_appends_behind_the_winner(
     settings = at.settings(TUESDAY)
     inputs = at.inputs(range(130, 200), settings)
     monkeypatch.setattr(Storage, "move_head", race)
-    loser = registry.assign_semantic_ids(settings, at.storage, *inputs)
+    loser = run(registry.STAGE, settings, at.storage, *inputs)
     winner, both = at.read(rivals[0]), at.read(loser)
 
     assert (len(winner), len(both)) == (160, 200)
@@ -217,7 +217,7 @@ def test_a_night_that_loses_the_race_appends_behind_the_winner(
     report = published_ids.load_report(at.storage, loser.manifest)
     assert report["items"] == 200
     assert report["prefixes"] == len(np.unique(both.codes_NI[:, :-1], axis=0))
-    again = registry.assign_semantic_ids(settings, at.storage, *inputs)
+    again = run(registry.STAGE, settings, at.storage, *inputs)
     assert again.status == "skipped"
 
 
@@ -252,7 +252,7 @@ def test_the_type_of_item_ids_may_not_change(at: Registry) -> None:
     rows, *others = at.inputs(range(0, 50), settings)
     rows = rows.model_copy(update={"metadata": {**rows.metadata, "id_type": "int64"}})
     with pytest.raises(DataError, match=r"item_id is int64, but the registry .* started with string"):
-        registry.assign_semantic_ids(settings, at.storage, rows, *others)
+        run(registry.STAGE, settings, at.storage, rows, *others)
 
 
 def test_embeddings_of_another_width_than_the_quantizers_are_refused(at: Registry) -> None:
@@ -272,7 +272,7 @@ def test_embeddings_of_another_width_than_the_quantizers_are_refused(at: Registr
     with pytest.raises(
         ArtifactError, match=r"fitted on embeddings of width 6, but these have shape \(\d+, 9\)"
     ):
-        registry.assign_semantic_ids(settings, at.storage, rows, wider, quantizer)
+        run(registry.STAGE, settings, at.storage, rows, wider, quantizer)
     assert ("semantic_ids", TUESDAY) not in published_dates(at.storage)
 
 

@@ -1,5 +1,6 @@
 """A stage computes only what no complete run has, and never replaces what is published unless told to."""
 
+import logging
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -9,7 +10,7 @@ from tiger_ray.artifacts.storage import Storage
 from tiger_ray.errors import PublishError, TigerError
 from tiger_ray.settings.settings import Settings
 from tiger_ray.stages import stage
-from tiger_ray.stages.stage import run_stage
+from tiger_ray.stages.stage import Stage, run_stage
 
 MONDAY, TUESDAY = "2026-11-23", "2026-11-24"
 
@@ -21,6 +22,7 @@ class Night:
     storage: Storage
     computed: list[str] = field(default_factory=list)
     connected: int = 0
+    format_version: int = 3
 
     def run(
         self, date=MONDAY, value=1, *, source=None, seed=0, draws=True, inputs=None, fail=False, **changed
@@ -41,20 +43,22 @@ class Night:
                 raise TigerError("the worker died")
             return [entry], {"summary": f"value {value}", "value": value}
 
-        return run_stage(
-            self.storage,
-            settings,
-            "sequences",
-            inputs=inputs or {},
-            sections={"sequences": settings.sequences},
-            compute=compute,
-            source=source,
-            draws=draws,
+        tested = Stage(
+            name="sequences",
+            does="counts its calls",
+            inputs=(),
+            sections=("sequences",),
+            compute=lambda run, context: compute(run),
+            source=lambda context: source or {},
+            draws=lambda settings: draws,
+            format_version=self.format_version,
         )
+        return run_stage(tested, settings, self.storage, **(inputs or {}))
 
 
 @pytest.fixture
-def night(tmp_path, monkeypatch):
+def night(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
     night = Night(Storage(str(tmp_path / "root")))
 
     def connect(settings):
@@ -65,25 +69,25 @@ def night(tmp_path, monkeypatch):
     return night
 
 
-def test_the_first_run_computes_publishes_and_says_so(night, capsys):
+def test_the_first_run_computes_publishes_and_says_so(night, caplog):
     result = night.run(max_events=5)
     assert result.status == "computed"
     assert night.storage.published("sequences", MONDAY) == result.manifest
     assert night.storage.resolve("sequences") == result.manifest
     assert result.manifest.settings["sequences"]["max_events"] == 5
     assert result.manifest.metadata["value"] == 1
-    line = capsys.readouterr().out
+    line = caplog.messages[-1]
     assert line.startswith("sequences ")
     assert line.rstrip().endswith(f"value 1  {night.storage.root}/sequences/date={MONDAY}")
 
 
-def test_the_same_night_again_is_skipped_and_needs_no_cluster(night, capsys):
+def test_the_same_night_again_is_skipped_and_needs_no_cluster(night, caplog):
     first = night.run()
     again = night.run()
     assert again.status == "skipped"
     assert again.manifest == first.manifest
     assert len(night.computed) == night.connected == 1
-    assert "(skipped: already published)" in capsys.readouterr().out
+    assert "(skipped: already published)" in caplog.text
 
 
 def test_another_night_with_the_same_inputs_reuses_the_files(night):
@@ -161,9 +165,9 @@ def test_a_stage_that_fails_publishes_nothing_and_goes_on_in_the_same_run(night)
     assert night.computed == [done.manifest.run_id] * 2
 
 
-def test_a_newer_format_is_computed_again(night, monkeypatch):
+def test_a_newer_format_is_computed_again(night):
     first = night.run(MONDAY)
-    monkeypatch.setitem(stage.FORMAT_VERSIONS, "sequences", 99)
+    night.format_version = 99
     second = night.run(TUESDAY)
     assert second.status == "computed"
     assert second.manifest.fingerprint != first.manifest.fingerprint

@@ -16,7 +16,7 @@ import ray
 import safetensors.torch
 import yaml
 
-from tests.worlds import TUESDAY, Night, published_dates, tiny_settings
+from tests.worlds import TUESDAY, Night, published_dates, run, tiny_settings
 from tiger_ray.artifacts.manifest import Manifest
 from tiger_ray.artifacts.storage import Storage
 from tiger_ray.errors import ArtifactError, StorageError
@@ -60,7 +60,7 @@ class Training:
         inputs = (self.night["sequences"], self.night["semantic_ids"])
         settings = self.settings()
         storage = Storage(self.root, commit_deadline_s=settings.storage.commit_deadline_s)
-        return training_stage.run(settings, storage, *inputs).manifest
+        return run(training_stage.STAGE, settings, storage, *inputs).manifest
 
     def run_job(self, **changed: Any) -> subprocess.CompletedProcess[str]:
         config = self.folder / "night.yaml"

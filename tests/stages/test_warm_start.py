@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.worlds import MONDAY, TUESDAY, WEDNESDAY, Night, published_dates, run_night, tiny_settings
+from tests.worlds import MONDAY, TUESDAY, WEDNESDAY, Night, published_dates, run, run_night, tiny_settings
 from tiger_ray.artifacts import lineage
 from tiger_ray.artifacts.manifest import Manifest
 from tiger_ray.artifacts.storage import Storage
@@ -48,7 +48,7 @@ def test_a_warm_start_begins_with_the_last_model_and_tonights_settings(night: Ni
     storage = Storage(night_root)
     settings = settings_of(night, night_root, TUESDAY, model={"dropout": 0.05, "max_history": 6})
     inputs = (night["sequences"], night["semantic_ids"])
-    tuesday = training.run(settings, storage, *inputs)
+    tuesday = run(training.STAGE, settings, storage, *inputs)
 
     assert tuesday.status == "computed"
     model = tuesday.manifest
@@ -65,19 +65,19 @@ def test_a_warm_start_begins_with_the_last_model_and_tonights_settings(night: Ni
     last = json.loads(storage.read_file(night["model"], "curve.json"))["points"][-1]["loss"]
     assert first_loss(storage, model) < 1.25 * last < 0.8 * math.log(vocabulary_size)
 
-    assert training.run(settings, storage, *inputs).status == "skipped"
+    assert run(training.STAGE, settings, storage, *inputs).status == "skipped"
 
 
 def test_the_first_night_of_a_warm_start_trains_from_scratch_and_says_so(
-    night: Night, night_root: str, s3_client: Any, capfd: pytest.CaptureFixture[str]
+    night: Night, night_root: str, s3_client: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     storage = Storage(night_root)
     bucket = night_root.removeprefix("s3://").split("/")[0]
     for file in storage.store.find("model"):
         s3_client.delete_object(Bucket=bucket, Key=f"prefix/{file.path}")
     settings = settings_of(night, night_root, WEDNESDAY)
-    model = training.run(settings, storage, night["sequences"], night["semantic_ids"]).manifest
-    assert "training.warm_start: no model of the last 31 days, so from scratch" in capfd.readouterr().out
+    model = run(training.STAGE, settings, storage, night["sequences"], night["semantic_ids"]).manifest
+    assert "training.warm_start: no model of the last 31 days, so training starts from scratch" in caplog.text
     assert "warm_start" not in model.inputs
     assert "begun with" not in model.metadata["summary"]
     assert first_loss(storage, model) > 0.9 * math.log(len(weights(storage, model)["shared.weight"]))
@@ -104,7 +104,7 @@ def test_a_model_of_another_shape_is_no_warm_start(night: Night, night_root: str
         match=rf"training\.warm_start: the model of {MONDAY} has another shape "
         r"\(model\.num_layers 1 -> 2, model\.d_ff 64 -> 48\)\. Set training\.warm_start to false",
     ) as refused:
-        training.run(settings, storage, night["sequences"], night["semantic_ids"])
+        run(training.STAGE, settings, storage, night["sequences"], night["semantic_ids"])
     assert refused.value.exit_code == 3
     assert ("model", TUESDAY) not in published_dates(storage)
 
@@ -117,7 +117,7 @@ def test_a_model_of_another_id_space_is_no_warm_start(night: Night, night_root: 
         match=rf"training\.warm_start: the model of {MONDAY} writes Semantic IDs of ID space .*, tonight's "
         r"are of .*\. Set training\.warm_start to false",
     ) as refused:
-        training.run(settings, other.storage, other["sequences"], other["semantic_ids"])
+        run(training.STAGE, settings, other.storage, other["sequences"], other["semantic_ids"])
     assert refused.value.exit_code == 3
     assert ("model", TUESDAY) not in published_dates(other.storage)
 

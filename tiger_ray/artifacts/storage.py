@@ -186,10 +186,10 @@ class Storage(Objects):
         Raises:
             ArtifactError: nothing is published there, or this version cannot read it.
         """
-        wanted = date or self._latest_date(artifact)
+        wanted = date or self.latest_date(artifact)
         manifest = self.published(artifact, wanted) if wanted else None
         if manifest is None:
-            latest = self._latest_date(artifact) if date else None
+            latest = self.latest_date(artifact) if date else None
             raise ArtifactError(
                 f"no {artifact} is published{f' for {wanted}' if wanted else ''} under {self.root}"
                 f"{f'; the latest is of {latest}' if latest else ''}. Run the stage that writes {artifact} "
@@ -254,7 +254,7 @@ class Storage(Objects):
 
         self.persist(move)
 
-    def _latest_date(self, artifact: str) -> str | None:
+    def latest_date(self, artifact: str) -> str | None:
         require_name("artifact", artifact)
         stored = self.get(f"{artifact}/latest.json")
         if stored is None:

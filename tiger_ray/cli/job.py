@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from tiger_ray.core.logs import show_logs
 from tiger_ray.errors import TigerError
 from tiger_ray.settings.loading import load_settings
 from tiger_ray.settings.settings import Settings
@@ -27,7 +28,7 @@ def run_job(main: Callable[[Settings, Storage], None]) -> None:
     Errors of ours end with one message and the exit code of `errors.py`, without a traceback.
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("tiger_ray").setLevel(logging.INFO)
+    show_logs()
     signal.signal(signal.SIGTERM, _terminate)
     try:
         settings = load_settings(sys.argv[1:], prog=Path(sys.argv[0]).name)

@@ -7,6 +7,7 @@ run does not have yet. The driver sees one small `FileEntry` per file.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,11 @@ from ray.exceptions import RayTaskError
 from tiger_ray.artifacts.faults import crash_point
 from tiger_ray.artifacts.manifest import FileEntry
 from tiger_ray.artifacts.run import Run
+from tiger_ray.cluster.usage import forget_peak, note_usage, usage_report
+from tiger_ray.core.logs import show_logs
 from tiger_ray.errors import TigerError
+
+log = logging.getLogger(__name__)
 
 ShardWorker = Callable[[FileEntry], FileEntry]
 """Makes the output shard of an input shard and writes it; built once per actor, with what it needs."""
@@ -53,8 +58,8 @@ def map_shards(
     todo = [shard for shard in shards if shard.name not in done]
     if len(todo) < len(shards):
         kept = len(shards) - len(todo)
-        print(
-            f"{run.artifact}: {kept} of {len(shards)} shards are there already, {len(todo)} to do", flush=True
+        log.info(
+            "%s: %d of %d shards are there already, %d to do", run.artifact, kept, len(shards), len(todo)
         )
     if todo:
         # not `range`, whose tasks would wait for a CPU that the actors hold
@@ -72,6 +77,7 @@ def map_shards(
             for row in dataset.iter_rows():
                 entry = FileEntry.model_validate_json(row["entry"])
                 done[entry.name] = entry
+                note_usage(row["usage"])
                 crash_point(f"{run.artifact}.shard")
     return [done[shard.name] for shard in shards]
 
@@ -102,7 +108,10 @@ def write_partitions(
         _finish_block, fn_args=(finish,), batch_size=None, batch_format="pyarrow"
     )
     with plain_errors():
-        entries = [FileEntry.model_validate_json(row["entry"]) for row in partitions.iter_rows()]
+        entries = []
+        for row in partitions.iter_rows():
+            entries.append(FileEntry.model_validate_json(row["entry"]))
+            note_usage(row["usage"])
     names = [entry.name for entry in entries]
     if len(set(names)) != len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -147,6 +156,8 @@ class _ShardActor:
         *values: Any,
         arg_names: Sequence[str],
     ) -> None:
+        show_logs(with_time=False)
+        forget_peak()
         there = [ray.get(value) if isinstance(value, ray.ObjectRef) else value for value in values]
         self._todo = todo
         self._failed: TigerError | None = None
@@ -159,12 +170,14 @@ class _ShardActor:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         if self._failed is not None:
             raise self._failed
-        return {"entry": [self._worker(self._todo[row]).model_dump_json() for row in batch["number"]]}
+        entries = [self._worker(self._todo[row]).model_dump_json() for row in batch["number"]]
+        return {"entry": entries, "usage": [usage_report()] * len(entries)}
 
 
 def _finish_block(block: pa.Table, finish: Callable[[pa.Table, int], FileEntry]) -> pa.Table:
     if block.num_rows == 0:
-        return pa.table({"entry": pa.array([], pa.string())})
+        return pa.table({"entry": pa.array([], pa.string()), "usage": pa.array([], pa.string())})
+    forget_peak()
     shards = block.column("shard").combine_chunks().to_numpy()
     rows = block.drop_columns(["shard"])
     order = np.argsort(shards, kind="stable")
@@ -174,4 +187,5 @@ def _finish_block(block: pa.Table, finish: Callable[[pa.Table, int], FileEntry])
         finish(rows.take(pa.array(order[start:end])), int(number))
         for number, start, end in zip(numbers, starts, ends, strict=True)
     ]
-    return pa.table({"entry": [entry.model_dump_json() for entry in entries]})
+    usage = [usage_report()] * len(entries)
+    return pa.table({"entry": [entry.model_dump_json() for entry in entries], "usage": usage})

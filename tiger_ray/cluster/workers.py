@@ -20,9 +20,13 @@ from ray.exceptions import RayError
 
 from tiger_ray.artifacts.run import Run
 from tiger_ray.cluster.shards import plain_errors
+from tiger_ray.cluster.usage import forget_peak, note_usage, usage_report
+from tiger_ray.core.logs import show_logs
 from tiger_ray.errors import TigerError
 from tiger_ray.settings.quantizer import QuantizerSettings
 from tiger_ray.settings.training import TrainingSettings
+
+log = logging.getLogger(__name__)
 
 WorkerSettings = QuantizerSettings | TrainingSettings
 """Sections that say how many workers there are, and what each of them gets."""
@@ -42,6 +46,9 @@ class Worker:
         """Is it the one that speaks and writes for all?"""
         return self.rank == 0
 
+
+USAGE_FOLDER = "usage"
+"""Folder of the run in which each worker of Ray Train leaves its memory."""
 
 Work = Callable[[dict[str, Any], Worker], None]
 """What a worker does: gets the arguments of all, and who it is."""
@@ -77,19 +84,19 @@ def _run_alone(work: Work, arguments: Mapping[str, Any], run: Run, settings: Wor
     for failures in count(1):
         try:
             with plain_errors():
-                ray.get(task.remote(work, arguments, settings.cpus_per_worker))
+                note_usage(ray.get(task.remote(work, arguments, settings.cpus_per_worker)))
             return
         except RayError as error:
             if failures > settings.max_failures:
                 raise _given_up(run, settings, error) from error
-            print(f"{run.artifact}: the worker failed and is started again. {error}", flush=True)
+            log.warning("%s: the worker failed and is started again. %s", run.artifact, error)
 
 
-def _alone(work: Work, arguments: dict[str, Any], cpus_per_worker: float) -> None:
+def _alone(work: Work, arguments: dict[str, Any], cpus_per_worker: float) -> str:
     import torch
 
     device = torch.device("cuda", 0) if ray.get_gpu_ids() else torch.device("cpu")
-    _work(work, arguments, Worker(0, 1, device), cpus_per_worker)
+    return _work(work, arguments, Worker(0, 1, device), cpus_per_worker)
 
 
 def _resources(settings: WorkerSettings) -> tuple[float, int]:
@@ -147,6 +154,10 @@ def _run_together(
         )
         try:
             trainer.fit()
+            for rank in range(settings.num_workers):
+                report = run.read_beside(USAGE_FOLDER, f"worker-{rank}")
+                if report is not None:
+                    note_usage(report.decode())
         except ray.train.TrainingFailedError as error:
             cause = getattr(error, "controller_failure", None)
             if isinstance(cause, TigerError):
@@ -161,15 +172,20 @@ def _together(work: Work, cpus_per_worker: float, arguments: dict[str, Any]) -> 
     context = ray.train.get_context()
     worker = Worker(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     try:
-        _work(work, arguments, worker, cpus_per_worker)
+        report = _work(work, arguments, worker, cpus_per_worker)
+        arguments["run"].write_beside(USAGE_FOLDER, {f"worker-{worker.rank}": report.encode()})
     except TigerError:
         logging.disable()  # the job says it once, without a traceback
         raise
 
 
-def _work(work: Work, arguments: dict[str, Any], worker: Worker, cpus_per_worker: float) -> None:
+def _work(work: Work, arguments: dict[str, Any], worker: Worker, cpus_per_worker: float) -> str:
+    """Do the work; returns the `usage_report` of this worker."""
     import torch
 
+    show_logs(with_time=False)
+    forget_peak()
     if worker.device.type == "cpu":
         torch.set_num_threads(max(1, int(cpus_per_worker)))
     work(arguments, worker)
+    return usage_report()

@@ -30,22 +30,24 @@ from tiger_ray.rankers.popularity import Popularity
 from tiger_ray.rankers.sasrec import Sasrec
 from tiger_ray.settings.sasrec import SasrecSettings
 from tiger_ray.settings.settings import Settings
-from tiger_ray.stages.evaluation import Contender, evaluate_ranker
+from tiger_ray.stages import evaluation, model
+from tiger_ray.stages.evaluation import Contender
 from tiger_ray.stages.model import train
-from tiger_ray.stages.stage import Computed, StageResult, run_stage
+from tiger_ray.stages.stage import Computed, Context, Stage, StageResult, run_stage
 from tiger_ray.training.collate import sasrec_task
 from tiger_ray.training.spec import Trainee
 
+INPUTS = ("semantic_ids", "sequences", "catalog", "embeddings")
+"""Artifacts that a baseline and its evaluation read."""
 
-def run(
-    settings: Settings,
-    storage: Storage,
-    semantic_ids: Manifest,
-    sequences: Manifest,
-    catalog: Manifest,
-    embeddings: Manifest,
-) -> StageResult:
+
+def run_baseline(settings: Settings, storage: Storage, **inputs: Manifest) -> StageResult:
     """Publish the evaluation of `baseline.kind`, beside that of the model, and what is trained for it.
+
+    Args:
+        settings: of the night.
+        storage: where artifacts live.
+        inputs: the manifests of `INPUTS`.
 
     Raises:
         DataError: training sees all events, so nothing is left to evaluate on.
@@ -56,8 +58,9 @@ def run(
             "training.holdout is 'none', so nothing is left to evaluate a baseline on; set it to 'leave_one_out' or 'time'"
         )
     make = {"popularity": _popularity, "neighbours": _neighbours, "sasrec": _sasrec}[settings.baseline.kind]
-    contender = make(settings, storage, semantic_ids, sequences, embeddings)
-    return evaluate_ranker(settings, storage, contender, semantic_ids, sequences, catalog)
+    contender = make(settings, storage, inputs["semantic_ids"], inputs["sequences"], inputs["embeddings"])
+    evaluated = {name: inputs[name] for name in evaluation.INPUTS}
+    return run_stage(evaluation.evaluation_stage(contender), settings, storage, **evaluated)
 
 
 def _contender(settings: Settings, name: str, ranking: str, **parts: Any) -> Contender:
@@ -143,15 +146,16 @@ def make_neighbours(
 def _sasrec(
     settings: Settings, storage: Storage, semantic_ids: Manifest, sequences: Manifest, embeddings: Manifest
 ) -> Contender:
-    model = train_sasrec(settings, storage, semantic_ids, sequences).manifest
+    stage = sasrec_stage(settings.sasrec)
+    trained = run_stage(stage, settings, storage, sequences=sequences, semantic_ids=semantic_ids).manifest
     index = settings.baseline.index
     return _contender(
         settings,
         variant(settings.sasrec) + ("" if index == "exact" else f"-{index}"),
         {"exact": "inner products with all items"}.get(index, f"inner products, FAISS {index}"),
         make=make_sasrec,
-        arguments={"storage": storage, "settings": settings, "semantic_ids": semantic_ids, "model": model},
-        inputs={"model": model},
+        arguments={"storage": storage, "settings": settings, "semantic_ids": semantic_ids, "model": trained},
+        inputs={"model": trained},
         sections={"baseline": settings.baseline},
         more={"model_history": settings.sasrec.max_history},
     )
@@ -162,27 +166,36 @@ def variant(sasrec: SasrecSettings) -> str:
     return f"sasrec-{sasrec.loss}" + ("-map" if sasrec.output_map else "")
 
 
-def train_sasrec(
-    settings: Settings, storage: Storage, semantic_ids: Manifest, sequences: Manifest
-) -> StageResult:
-    """Publish the artifact `model-` and `variant`, trained by section `training`."""
-    require_same_registry(sequences, semantic_ids)
-    inputs = {"sequences": sequences, "semantic_ids": registry_of(semantic_ids)}
-    require_holdout(sequences, settings.training.holdout)
+def _check_sasrec(context: Context) -> None:
+    sequences = context.inputs["sequences"]
+    require_same_registry(sequences, context.inputs["semantic_ids"])
+    require_holdout(sequences, context.settings.training.holdout)
 
-    def compute(run: Run) -> Computed:
-        arguments = {"settings": settings, "storage": storage, "semantic_ids": semantic_ids}
-        return train(run, settings, sequences, make_sasrec_trainee, arguments)
 
-    return run_stage(
-        storage,
-        settings,
-        f"model-{variant(settings.sasrec)}",
-        kind="model",
-        inputs=inputs,
-        sections={"sasrec": settings.sasrec, "training": settings.training},
-        draws=True,
-        compute=compute,
+def _compute_sasrec(run: Run, context: Context) -> Computed:
+    arguments = {
+        "settings": context.settings,
+        "storage": context.storage,
+        "semantic_ids": context.inputs["semantic_ids"],
+    }
+    return train(run, context.settings, context.inputs["sequences"], make_sasrec_trainee, arguments)
+
+
+def sasrec_stage(sasrec: SasrecSettings) -> Stage:
+    """The stage that publishes `model-` and `variant`, trained by section `training`."""
+    return Stage(
+        name=f"model-{variant(sasrec)}",
+        does="histories -> a trained SASRec",
+        inputs=("sequences", "semantic_ids"),
+        sections=("sasrec", "training"),
+        check=_check_sasrec,
+        keyed_inputs=lambda context: {
+            "sequences": context.inputs["sequences"],
+            "semantic_ids": registry_of(context.inputs["semantic_ids"]),
+        },
+        draws=lambda settings: True,
+        compute=_compute_sasrec,
+        format_version=model.STAGE.format_version,
     )
 
 

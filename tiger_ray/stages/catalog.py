@@ -6,8 +6,8 @@ Everything downstream trusts this artifact: ids are unique and never null, text 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 from tiger_ray.artifacts.files import shard_name
 from tiger_ray.artifacts.manifest import FileEntry
 from tiger_ray.artifacts.run import Run
-from tiger_ray.artifacts.storage import Storage
 from tiger_ray.artifacts.store import InputFile
 from tiger_ray.cluster.reading import blamed, read_columns
 from tiger_ray.cluster.shards import write_partitions
@@ -23,30 +22,16 @@ from tiger_ray.data.inputs import id_type, list_inputs, read_input_schema
 from tiger_ray.data.text import clean_rows
 from tiger_ray.errors import DataError
 from tiger_ray.settings.catalog import CatalogSettings
-from tiger_ray.settings.settings import Settings
-from tiger_ray.stages.stage import Computed, StageResult, run_stage
+from tiger_ray.stages.stage import Computed, Context, Stage
 
 
-def run(settings: Settings, storage: Storage) -> StageResult:
-    """Publish the artifact `catalog`.
-
-    Raises:
-        DataError: no item, a column is missing or mistyped, an id is null or comes twice, too many items
-            have no text.
-    """
-    files = list_inputs(settings.catalog.uri)
-    return run_stage(
-        storage,
-        settings,
-        "catalog",
-        inputs={},
-        sections={"catalog": settings.catalog},
-        source={"files": [asdict(file) for file in files]},
-        compute=lambda run: _compute(run, settings.catalog, files),
-    )
+def _source(context: Context) -> dict[str, Any]:
+    return {"files": [asdict(file) for file in list_inputs(context.settings.catalog.uri)]}
 
 
-def _compute(run: Run, settings: CatalogSettings, files: Sequence[InputFile]) -> Computed:
+def _compute(run: Run, context: Context) -> Computed:
+    settings = context.settings.catalog
+    files = [InputFile(**file) for file in context.source["files"]]
     wanted = {"catalog.item_id": settings.item_id}
     wanted |= {f"catalog.text[{place}]": column for place, column in enumerate(settings.text)}
     for name in ("title", "category", "available", "vector"):
@@ -143,3 +128,20 @@ class _Finish:
             "available": pc.sum(rows.column("available")).as_py(),
         }
         return self._run.write_table(shard_name(shard), rows, facts=facts)
+
+
+STAGE = Stage(
+    name="catalog",
+    does="items, checked, with one clean text each",
+    inputs=(),
+    sections=("catalog",),
+    source=_source,
+    compute=_compute,
+    format_version=2,
+)
+"""Publishes `catalog`.
+
+Raises:
+    DataError: no item, a column is missing or mistyped, an id is null or comes twice, too many items
+        have no text.
+"""

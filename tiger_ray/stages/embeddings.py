@@ -7,6 +7,9 @@ N items in a shard, D embedding width.
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,30 +30,21 @@ from tiger_ray.ids.encoders import (
     refuse_bad_rows,
 )
 from tiger_ray.settings.embeddings import EmbeddingsSettings
-from tiger_ray.settings.settings import Settings
-from tiger_ray.stages.stage import Computed, StageResult, run_stage
+from tiger_ray.stages.stage import Computed, Context, Stage
+
+log = logging.getLogger(__name__)
 
 
-def run(settings: Settings, storage: Storage, catalog: Manifest) -> StageResult:
-    """Publish the artifact `embeddings`."""
-    check(settings)
-    weights = folder_digest(settings.embeddings)
-    return run_stage(
-        storage,
-        settings,
-        "embeddings",
-        inputs={"catalog": catalog},
-        sections={"embeddings": settings.embeddings},
-        source={"weights": weights} if weights else {},
-        compute=lambda run: _compute(run, settings, storage, catalog, weights),
-    )
+def _source(context: Context) -> dict[str, Any]:
+    weights = folder_digest(context.settings.embeddings)
+    return {"weights": weights} if weights else {}
 
 
-def _compute(run: Run, whole: Settings, storage: Storage, catalog: Manifest, weights: str | None) -> Computed:
-    settings = whole.embeddings
-    source = {"weights": weights} if weights else {}
+def _compute(run: Run, context: Context) -> Computed:
+    settings, storage, catalog = context.settings.embeddings, context.storage, context.inputs["catalog"]
+    source = dict(context.source)
     if settings.encoder == "catalog":
-        source["vector"] = str(whole.catalog.vector)  # another column is another space
+        source["vector"] = str(context.settings.catalog.vector)  # another column is another space
     encoder = fingerprint({**settings.fingerprint(), **source})
     entries = map_shards(
         run,
@@ -72,7 +66,7 @@ def _compute(run: Run, whole: Settings, storage: Storage, catalog: Manifest, wei
             f"embeddings of {sorted(dims)} dimensions came out of one encoder; is embeddings.model stable?"
         )
     rows, encoded = sum(entry.rows for entry in entries), sum(entry.facts["encoded"] for entry in entries)
-    print(f"embeddings: {encoded:,} texts encoded, {rows - encoded:,} kept", flush=True)
+    log.info("embeddings: %s texts encoded, %s kept", f"{encoded:,}", f"{rows - encoded:,}")
     dim = dims.pop()
     return entries, {"summary": f"{rows:,} items x {dim}, {settings.encoder}", "dim": dim, "encoder": encoder}
 
@@ -156,3 +150,21 @@ class _EmbedShard:
         table = self._storage.read_table(self._previous, shard.name)
         # ids of another type are other items, and the registry will say so
         return table if table.num_rows and table.schema.field("item_id").type == id_type else None
+
+
+STAGE = Stage(
+    name="embeddings",
+    does="item text -> vectors",
+    inputs=("catalog",),
+    sections=("embeddings",),
+    check=lambda context: check(context.settings),
+    source=_source,
+    compute=_compute,
+    format_version=3,
+)
+"""Publishes `embeddings`.
+
+Raises:
+    SettingsError: the encoder could not be loaded on every machine.
+    DataError: an embedding is not finite or says nothing.
+"""

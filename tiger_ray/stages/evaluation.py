@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,6 @@ from tiger_ray.artifacts.lineage import require_same_id_space, require_same_regi
 from tiger_ray.artifacts.manifest import FileEntry, Manifest
 from tiger_ray.artifacts.objects import Objects
 from tiger_ray.artifacts.run import Run
-from tiger_ray.artifacts.storage import Storage
 from tiger_ray.cluster.shards import map_shards, plain_errors
 from tiger_ray.core.arrays import best_first, ranges
 from tiger_ray.core.hashing import splitmix64
@@ -38,7 +38,10 @@ from tiger_ray.rankers.base import Ranker
 from tiger_ray.rankers.popularity import Popularity
 from tiger_ray.settings.base import Section
 from tiger_ray.settings.settings import Settings
-from tiger_ray.stages.stage import Computed, StageResult, run_stage
+from tiger_ray.stages.stage import Computed, Context, Stage
+
+INPUTS = ("semantic_ids", "sequences", "catalog")
+"""Artifacts that the evaluation of any ranker reads."""
 
 NUM_TASKS = 8
 """Tasks at most that count lists; each adds up counts of all items."""
@@ -74,32 +77,17 @@ class Contender:
         return f"evaluation-{self.name}" if self.name else "evaluation"
 
 
-def evaluate(
-    settings: Settings,
-    storage: Storage,
-    model: Manifest,
-    semantic_ids: Manifest,
-    sequences: Manifest,
-    catalog: Manifest,
-) -> StageResult:
-    """Publish the artifact `evaluation` of the night's model.
-
-    Raises:
-        ArtifactError: the model was trained on other Semantic IDs.
-        DataError: training saw all events, or no user is long enough.
-    """
-    require_same_id_space(model, semantic_ids)
+def tiger(context: Context) -> Contender:
+    """The model of the night, ranked by beam search as section `decoding` says."""
+    settings, model = context.settings, context.inputs["model"]
     decoding = settings.decoding
-    arguments = {
-        "storage": storage,
-        "settings": settings,
-        "model": model,
-        "semantic_ids": semantic_ids,
-        "sequences": sequences,
-    }
-    contender = Contender(
+    return Contender(
         make=Scorer,
-        arguments=arguments,
+        arguments={
+            "storage": context.storage,
+            "settings": settings,
+            **{name: context.inputs[name] for name in ("model", "semantic_ids", "sequences")},
+        },
         ranking={
             "ranking": "full, item level, constrained beam search",
             "beam_width": decoding.beam_width,
@@ -114,24 +102,10 @@ def evaluate(
         num_cpus=decoding.cpus_per_worker,
         use_gpu=decoding.use_gpu,
     )
-    return evaluate_ranker(settings, storage, contender, semantic_ids, sequences, catalog)
 
 
-def evaluate_ranker(
-    settings: Settings,
-    storage: Storage,
-    contender: Contender,
-    semantic_ids: Manifest,
-    sequences: Manifest,
-    catalog: Manifest,
-) -> StageResult:
-    """Publish the evaluation of any ranker: the same users, targets, masks and counts for all.
-
-    Raises:
-        DataError: training saw all events, or there is nobody to evaluate.
-        ArtifactError: it was trained on other histories, or these have no moments for a time split, or are of
-            another registry.
-    """
+def _check(context: Context, contender: Contender) -> None:
+    sequences, semantic_ids = context.inputs["sequences"], context.inputs["semantic_ids"]
     require_same_registry(sequences, semantic_ids)
     if contender.holdout == "none":
         raise DataError(
@@ -144,27 +118,40 @@ def evaluate_ranker(
             f"{model.artifact} {model.run_id} was trained on other histories than sequences {sequences.run_id}: it may "
             "have seen the events it would be asked for. Train a model on these (jobs/train_model.py)"
         )
-    inputs = {
-        **contender.inputs,
-        "semantic_ids": semantic_ids,
-        "sequences": sequences,
-        "catalog": catalog,
-    }
-    return run_stage(
-        storage,
-        settings,
-        contender.artifact,
-        kind="evaluation",
-        inputs=inputs,
-        sections={**contender.sections, "evaluation": settings.evaluation},
-        draws=True,
-        source={"ranking": dict(contender.ranking), "holdout": contender.holdout},
-        compute=lambda run: _compute(run, settings, contender, inputs),
+
+
+def _keyed_inputs(context: Context, contender: Contender) -> dict[str, Manifest]:
+    return {**contender.inputs, **{name: context.inputs[name] for name in INPUTS}}
+
+
+def _source(context: Context, contender: Contender) -> dict[str, Any]:
+    return {"ranking": dict(contender.ranking), "holdout": contender.holdout}
+
+
+def evaluation_stage(contender: Contender) -> Stage:
+    """The stage that evaluates any ranker: the same users, targets, masks and counts for all.
+
+    Raises:
+        DataError: training saw all events, or there is no user to evaluate.
+        ArtifactError: the ranker was trained on other histories, or the histories have no moments for a time
+            split, or are of another registry.
+    """
+    return replace(
+        STAGE,
+        name=contender.artifact,
+        does=f"recall and NDCG of {contender.name}, beside popularity",
+        inputs=INPUTS,
+        sections=(*contender.sections, "evaluation"),
+        check=partial(_check, contender=contender),
+        keyed_inputs=partial(_keyed_inputs, contender=contender),
+        source=partial(_source, contender=contender),
+        compute=lambda run, context: _compute(run, context, contender),
     )
 
 
-def _compute(run: Run, settings: Settings, contender: Contender, inputs: Mapping[str, Manifest]) -> Computed:
-    storage, sequences, semantic_ids = run.storage, inputs["sequences"], inputs["semantic_ids"]
+def _compute(run: Run, context: Context, contender: Contender) -> Computed:
+    settings, storage, inputs = context.settings, run.storage, _keyed_inputs(context, contender)
+    sequences, semantic_ids = inputs["sequences"], inputs["semantic_ids"]
     max_users = settings.evaluation.max_users
     share = 1.0
     if max_users is not None:
@@ -409,3 +396,31 @@ def _count(
     with plain_errors():
         found: dict[str, Any] = ray.get(ray.remote(total).remote(category, training_events, *parts))
     return found
+
+
+def _check_model(context: Context) -> None:
+    require_same_id_space(context.inputs["model"], context.inputs["semantic_ids"])
+    _check(context, tiger(context))
+
+
+STAGE = Stage(
+    name="evaluation",
+    does="recall and NDCG of the model, beside popularity",
+    inputs=("model", *INPUTS),
+    sections=("decoding", "evaluation"),
+    left_out=lambda settings: (
+        "training.holdout is 'none': no event is held out" if settings.training.holdout == "none" else None
+    ),
+    check=_check_model,
+    keyed_inputs=lambda context: _keyed_inputs(context, tiger(context)),
+    source=lambda context: _source(context, tiger(context)),
+    draws=lambda settings: True,
+    compute=lambda run, context: _compute(run, context, tiger(context)),
+    format_version=4,
+)
+"""Publishes `evaluation` of the night's model.
+
+Raises:
+    ArtifactError: the model was trained on other Semantic IDs.
+    DataError: training saw all events, or no user is long enough.
+"""

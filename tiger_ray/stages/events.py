@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -31,32 +30,12 @@ from tiger_ray.data.events import (
 from tiger_ray.data.inputs import id_type, list_inputs, read_input_schema
 from tiger_ray.errors import DataError
 from tiger_ray.settings.events import EventsSettings
-from tiger_ray.settings.settings import Settings
-from tiger_ray.stages.stage import Computed, StageResult, run_stage
+from tiger_ray.stages.stage import Computed, Context, Stage
 
 EARLIEST = datetime(1990, 1, 1, tzinfo=UTC).timestamp()
 
 
 LATEST = datetime(2100, 1, 1, tzinfo=UTC).timestamp()
-
-
-def run(settings: Settings, storage: Storage, catalog: Manifest) -> StageResult:
-    """Publish the artifact `events`: counts and pinned files.
-
-    Raises:
-        DataError: a column is missing or mistyped, ids are of another type than the catalog's, the unit of
-            an integer timestamp is not declared or cannot be right, too many nulls or unknown items.
-    """
-    files = list_inputs(settings.events.uri)
-    return run_stage(
-        storage,
-        settings,
-        "events",
-        inputs={"catalog": catalog},
-        sections={"events": settings.events},
-        source={"files": [asdict(file) for file in files]},
-        compute=lambda run: _compute(run, settings.events, storage, catalog, files),
-    )
 
 
 def catalog_item_ids(storage: Storage, catalog: Manifest) -> ray.ObjectRef:
@@ -69,9 +48,13 @@ def catalog_item_ids(storage: Storage, catalog: Manifest) -> ray.ObjectRef:
     return ray.remote(gather).remote()
 
 
-def _compute(
-    run: Run, settings: EventsSettings, storage: Storage, catalog: Manifest, files: Sequence[InputFile]
-) -> Computed:
+def _source(context: Context) -> dict[str, Any]:
+    return {"files": [asdict(file) for file in list_inputs(context.settings.events.uri)]}
+
+
+def _compute(run: Run, context: Context) -> Computed:
+    settings, storage, catalog = context.settings.events, context.storage, context.inputs["catalog"]
+    files = [InputFile(**file) for file in context.source["files"]]
     schema, rows = read_input_schema(files, settings.uri, wanted_columns(settings))
     user_id_type = id_type(schema, settings.user_id, settings.uri)
     item_id_type = id_type(schema, settings.item_id, settings.uri)
@@ -168,3 +151,19 @@ def _judge(counts: dict[str, Any], unit: str, settings: EventsSettings) -> None:
                 f"timestamps of {where} (column {settings.timestamp!r}) run from {counts['first']} to {counts['last']}, which in "
                 f"unit {unit!r} is not between 1990 and 2100; check events.timestamp_unit, or filter such rows"
             )
+
+
+STAGE = Stage(
+    name="events",
+    does="events, counted and checked, their input files pinned",
+    inputs=("catalog",),
+    sections=("events",),
+    source=_source,
+    compute=_compute,
+)
+"""Publishes `events`.
+
+Raises:
+    DataError: a column is missing or mistyped, ids are of another type than the catalog's, the unit of
+        an integer timestamp is not declared or cannot be right, too many nulls or unknown items.
+"""

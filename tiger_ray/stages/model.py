@@ -12,6 +12,7 @@ checkpoint becomes the model.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -37,54 +38,59 @@ from tiger_ray.published.semantic_ids import load_semantic_ids
 from tiger_ray.published.sequences import load_validation, open_examples
 from tiger_ray.rankers.tiger import BeamRanker
 from tiger_ray.settings.settings import Settings
-from tiger_ray.stages.stage import Computed, StageResult, run_stage
+from tiger_ray.stages.stage import Computed, Context, Stage
 from tiger_ray.training.checkpoints import JUDGED_BY, STATE_FILE, Progress, load_state, save_state
 from tiger_ray.training.collate import tiger_task
 from tiger_ray.training.log import MLflow, TensorBoard, TrainingLog, measured_peak, wants_mlflow
 from tiger_ray.training.loop import BATCH_TOKENS, fit, make_optimizer
 from tiger_ray.training.spec import Trainee
 
+log = logging.getLogger(__name__)
 
-def run(settings: Settings, storage: Storage, sequences: Manifest, semantic_ids: Manifest) -> StageResult:
-    """Publish the artifact `model`.
 
-    Raises:
-        DataError: no user has two events that training may see.
-        ArtifactError: `training.warm_start` is on, and the last model is of another ID space or shape; or the
-            sequences do not know the moments of `training.holdout` time, or are of another registry.
-    """
+def _check(context: Context) -> None:
+    settings, sequences, semantic_ids = context.settings, *_inputs(context)
     require_same_registry(sequences, semantic_ids)
     require_holdout(sequences, settings.training.holdout)
+    last = _warm_start(context)
+    if last is not None:
+        require_same_model(last, settings, semantic_ids)
+
+
+def _inputs(context: Context) -> tuple[Manifest, Manifest]:
+    return context.inputs["sequences"], context.inputs["semantic_ids"]
+
+
+def _warm_start(context: Context) -> Manifest | None:
+    """The model to start from, if the settings ask for one and a night of the last days left one."""
+    if not context.settings.training.warm_start:
+        return None
+    return last_model(context.storage, context.settings.date)
+
+
+def _keyed_inputs(context: Context) -> dict[str, Manifest]:
+    sequences, semantic_ids = _inputs(context)
     inputs = {"sequences": sequences, "semantic_ids": registry_of(semantic_ids)}
-    if settings.training.warm_start:
-        last = last_model(storage, settings.date)
-        if last is None:
-            print(f"training.warm_start: no model of the last {WARM_START_DAYS} days, so from scratch")
-        else:
-            require_same_model(last, settings, semantic_ids)
-            inputs["warm_start"] = last
-    return run_stage(
-        storage,
-        settings,
-        "model",
-        inputs=inputs,
-        sections={"model": settings.model, "training": settings.training},
-        draws=True,
-        compute=lambda run: _compute(run, settings, storage, inputs, semantic_ids),
-    )
+    last = _warm_start(context)
+    return inputs if last is None else {**inputs, "warm_start": last}
 
 
-def _compute(
-    run: Run, settings: Settings, storage: Storage, inputs: Mapping[str, Manifest], semantic_ids: Manifest
-) -> Computed:
-    warm_start = inputs.get("warm_start")
+def _compute(run: Run, context: Context) -> Computed:
+    settings, storage = context.settings, context.storage
+    sequences, semantic_ids = _inputs(context)
+    warm_start = _warm_start(context)
+    if settings.training.warm_start and warm_start is None:
+        log.warning(
+            "training.warm_start: no model of the last %d days, so training starts from scratch",
+            WARM_START_DAYS,
+        )
     arguments = {
         "settings": settings,
         "storage": storage,
         "semantic_ids": semantic_ids,
         "warm_start": warm_start,
     }
-    entries, facts = train(run, settings, inputs["sequences"], make_tiger, arguments)
+    entries, facts = train(run, settings, sequences, make_tiger, arguments)
     if warm_start is not None:
         facts["summary"] += f", begun with the model of {warm_start.date}"
     return entries, {
@@ -206,7 +212,7 @@ def _train_worker(config: dict[str, Any], worker: Worker) -> None:
             raise ArtifactError(f"{error}. To begin again, remove {where}/{STATE_FILE}") from None
     if worker.is_first:
         begins = f"resumes at step {progress.step:,}" if progress.step else "begins"
-        print(f"training {begins}: {len(examples):,} examples, workers: {world_size}", flush=True)
+        log.info("training %s: %s examples, workers: %d", begins, f"{len(examples):,}", world_size)
     validate: Callable[[], Mapping[str, float]] = dict
     if training.validation_users and training.holdout != "none":
         validation = load_validation(
@@ -243,7 +249,7 @@ def _train_worker(config: dict[str, Any], worker: Worker) -> None:
         try:
             run.write_beside("tensorboard", sinks[0].files())
         except StorageError as error:  # no night is lost for a curve
-            print(f"TensorBoard's file of step {progress.step:,} could not be written: {error}", flush=True)
+            log.warning("TensorBoard's file of step %d could not be written: %s", progress.step, error)
 
     fit(
         model
@@ -285,3 +291,22 @@ def _train_worker(config: dict[str, Any], worker: Worker) -> None:
             run.write_file(name, data)
         curve = {"points": progress.curve, "chosen": progress.chosen}
         run.write_file("curve.json", json.dumps(curve).encode())
+
+
+STAGE = Stage(
+    name="model",
+    does="histories -> the trained model",
+    inputs=("sequences", "semantic_ids"),
+    sections=("model", "training"),
+    check=_check,
+    keyed_inputs=_keyed_inputs,
+    draws=lambda settings: True,
+    compute=_compute,
+)
+"""Publishes `model`.
+
+Raises:
+    DataError: no user has two events that training may see.
+    ArtifactError: `training.warm_start` is on, and the last model is of another ID space or shape; or the
+        sequences do not know the moments of `training.holdout` time, or are of another registry.
+"""

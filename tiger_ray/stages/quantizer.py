@@ -8,6 +8,7 @@ B items in block, D embedding width.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,27 +22,18 @@ from tiger_ray.artifacts.storage import Storage
 from tiger_ray.cluster.workers import Worker, run_workers
 from tiger_ray.ids import quantizers
 from tiger_ray.published.quantizer import QUANTIZER_FILES
-from tiger_ray.settings.settings import Settings
-from tiger_ray.stages.stage import Computed, StageResult, run_stage
+from tiger_ray.stages.stage import Computed, Context, Stage
+
+log = logging.getLogger(__name__)
 
 
-def fit_quantizer(settings: Settings, storage: Storage, embeddings: Manifest) -> StageResult:
-    """Publish the artifact `quantizer`, unless one with these settings exists already.
-
-    The embeddings are not part of its fingerprint: new items must not move old ones.
-    """
-    return run_stage(
-        storage,
-        settings,
-        "quantizer",
-        inputs={},
-        sections={"quantizer": settings.quantizer},
-        source={"encoder": embeddings.metadata["encoder"], "dim": embeddings.metadata["dim"]},
-        compute=lambda run: _fit(run, settings, storage, embeddings),
-    )
+def _source(context: Context) -> dict[str, Any]:
+    metadata = context.inputs["embeddings"].metadata
+    return {"encoder": metadata["encoder"], "dim": metadata["dim"]}
 
 
-def _fit(run: Run, settings: Settings, storage: Storage, embeddings: Manifest) -> Computed:
+def _compute(run: Run, context: Context) -> Computed:
+    settings, storage, embeddings = context.settings, context.storage, context.inputs["embeddings"]
     quantizer = settings.quantizer
     done = run.finished()
     if not all(name in done for name in QUANTIZER_FILES):
@@ -58,13 +50,13 @@ def _fit_share(arguments: dict[str, Any], worker: Worker) -> None:
     settings = arguments["settings"]
     blocks = EmbeddingBlocks(arguments["storage"], arguments["embeddings"], worker.rank, worker.world_size)
 
-    def log(line: str) -> None:
+    def say(line: str) -> None:
         if worker.is_first:
-            print(f"quantizer: {line}", flush=True)
+            log.info("quantizer: %s", line)
 
     rows = arguments["embeddings"].rows
     quantizer = quantizers.fit(
-        settings.quantizer, blocks, seed=settings.seed, rows=rows, device=worker.device, log=log
+        settings.quantizer, blocks, seed=settings.seed, rows=rows, device=worker.device, log=say
     )
     if worker.is_first:
         for name, data in quantizer.to_files().items():
@@ -103,3 +95,17 @@ class EmbeddingBlocks(Sequence[npt.NDArray[np.float32]]):
         entry, first, end = self._pieces[number]
         table = self._storage.read_table(self._embeddings, entry, columns=["embedding"])
         return np.array(matrix_of(table.slice(first, end - first).column("embedding")))
+
+
+STAGE = Stage(
+    name="quantizer",
+    does="vectors -> codebooks, fitted once and kept",
+    inputs=("embeddings",),
+    sections=("quantizer",),
+    # New items must not move old ones, so the embeddings are not in the key.
+    keyed_inputs=lambda context: {},
+    source=_source,
+    compute=_compute,
+    format_version=2,
+)
+"""Publishes `quantizer`, unless one with these settings exists already."""

@@ -27,58 +27,40 @@ from tiger_ray.errors import ArtifactError
 from tiger_ray.published.evaluation import evaluation_of
 from tiger_ray.published.scorer import Scorer
 from tiger_ray.rankers.fallback import FALLBACK, GENERATED
-from tiger_ray.settings.base import Section
 from tiger_ray.settings.recommendations import RecommendationsSettings
 from tiger_ray.settings.settings import Settings
-from tiger_ray.stages.stage import FORMAT_VERSIONS, Computed, StageResult, run_stage
+from tiger_ray.stages.gate import require_evaluated
+from tiger_ray.stages.stage import Computed, Context, Stage, sections_of
+
+FORMAT_VERSION = 2
 
 SLOTS = 4_000_000
 """Recommendations in one array of Arrow, whose text ends at 2 GiB: ids of up to 500 bytes."""
 
 
-def run(
-    settings: Settings, storage: Storage, model: Manifest, semantic_ids: Manifest, sequences: Manifest
-) -> StageResult:
-    """Publish the artifact `recommendations`: what comes after each user's whole history.
-
-    Raises:
-        ArtifactError: the model was trained on other Semantic IDs, or the histories were built on others.
-    """
-    require_same_id_space(model, semantic_ids)
-    require_same_registry(sequences, semantic_ids)
-    inputs = {"model": model, "semantic_ids": semantic_ids, "sequences": sequences}
-    scoring = scoring_name(settings, inputs)
-    return run_stage(
-        storage,
-        settings,
-        "recommendations",
-        inputs=inputs,
-        sections=_sections(settings),
-        draws=settings.decoding.sample,
-        source={"date": settings.date},
-        compute=lambda run: _compute(run, settings, storage, scoring, inputs),
-    )
+def _check(context: Context) -> None:
+    inputs = context.inputs
+    require_same_id_space(inputs["model"], inputs["semantic_ids"])
+    require_same_registry(inputs["sequences"], inputs["semantic_ids"])
 
 
-def scoring_name(settings: Settings, inputs: Mapping[str, Manifest]) -> str:
-    """Fingerprint of everything that decides which items are recommended, which is all but the date."""
+def _scoring(context: Context) -> str:
+    """Fingerprint of everything that decides which items are recommended: of all but the date."""
+    settings = context.settings
     return fingerprint(
         {
-            "format_version": FORMAT_VERSIONS["recommendations"],
-            "inputs": {name: manifest.digest for name, manifest in inputs.items()},
-            "settings": {name: section.fingerprint() for name, section in _sections(settings).items()},
+            "format_version": FORMAT_VERSION,
+            "inputs": {name: manifest.digest for name, manifest in context.inputs.items()},
+            "settings": {
+                name: section.fingerprint() for name, section in sections_of(STAGE, context).items()
+            },
             "seed": settings.seed if settings.decoding.sample else None,
         }
     )
 
 
-def _sections(settings: Settings) -> dict[str, Section]:
-    return {"decoding": settings.decoding, "recommendations": settings.recommendations}
-
-
-def _compute(
-    run: Run, settings: Settings, storage: Storage, scoring: str, inputs: Mapping[str, Manifest]
-) -> Computed:
+def _compute(run: Run, context: Context) -> Computed:
+    settings, storage, inputs, scoring = context.settings, context.storage, context.inputs, _scoring(context)
     shards = user_shards(inputs["sequences"])
     twin = _twin(storage, scoring)
     versions = {
@@ -260,3 +242,22 @@ def _histories(users: pa.Table) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.i
     """Items of all histories one after the other, (E,), and how many each user has, (B,)."""
     history = users.column("history").combine_chunks()
     return history.flatten().to_numpy(), np.diff(history.offsets.to_numpy()).astype(np.int64)
+
+
+STAGE = Stage(
+    name="recommendations",
+    does="model and histories -> the best items of every user",
+    inputs=("model", "semantic_ids", "sequences"),
+    sections=("decoding", "recommendations"),
+    gate=lambda context: require_evaluated(context.settings, context.storage, context.inputs["model"]),
+    check=_check,
+    source=lambda context: {"date": context.settings.date},
+    draws=lambda settings: settings.decoding.sample,
+    compute=_compute,
+    format_version=FORMAT_VERSION,
+)
+"""Publishes `recommendations`: what comes after the whole history of each user.
+
+Raises:
+    ArtifactError: the model was trained on other Semantic IDs, or the histories were built on others.
+"""

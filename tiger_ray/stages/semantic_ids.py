@@ -18,6 +18,7 @@ M new items, N items before them, L levels, D embedding width.
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,9 @@ from tiger_ray.ids import semantic_ids
 from tiger_ray.ids.report import describe
 from tiger_ray.published.semantic_ids import _item_ids, newest_of
 from tiger_ray.settings.settings import Settings
-from tiger_ray.stages.stage import Computed, StageResult, run_stage
+from tiger_ray.stages.stage import Computed, Context, Stage
+
+log = logging.getLogger(__name__)
 
 ROWS_PER_PARTITION = 1_000_000
 """New items that are compared with each other in one place: 12 MB."""
@@ -50,32 +53,24 @@ ROWS_PER_PARTITION = 1_000_000
 MAX_LOST_RACES = 10
 
 
-def assign_semantic_ids(
-    settings: Settings, storage: Storage, catalog: Manifest, embeddings: Manifest, quantizer: Manifest
-) -> StageResult:
-    """Publish the artifact `semantic_ids`: the registry of this ID space, with tonight's new items appended.
-
-    Raises:
-        CollisionError: more items share codewords than `semantic_ids.disambiguator_size`.
-        QualityError: the IDs cannot tell items apart, by the thresholds of section `semantic_ids`.
-    """
-    inputs = {"catalog": catalog, "embeddings": embeddings, "quantizer": quantizer}
-    digests = {name: manifest.digest for name, manifest in inputs.items()}
-    space = _space(quantizer, settings)
+def _source(context: Context) -> dict[str, Any]:
+    storage, settings = context.storage, context.settings
+    digests = {name: manifest.digest for name, manifest in context.inputs.items()}
+    space = _space(context.inputs["quantizer"], settings)
     head = storage.head("semantic_ids", space)
     answered = [storage.published("semantic_ids", settings.date), head]
     # What answers these inputs already keeps its fingerprint, whatever was appended since.
     same = [link for link in answered if link is not None and link.inputs == digests]
     before = same[0].metadata["appended_to"] if same else head.digest if head is not None else None
-    return run_stage(
-        storage,
-        settings,
-        "semantic_ids",
-        inputs=inputs,
-        sections={"semantic_ids": settings.semantic_ids},
-        source={"registry": before, "space": space},
-        compute=lambda run: _Night(run, settings, storage, space, before, **inputs).compute(),
+    return {"registry": before, "space": space}
+
+
+def _compute(run: Run, context: Context) -> Computed:
+    source = context.source
+    night = _Night(
+        run, context.settings, context.storage, source["space"], source["registry"], **context.inputs
     )
+    return night.compute()
 
 
 @dataclass(frozen=True)
@@ -135,7 +130,7 @@ class _Night:
         with plain_errors():
             counts, report = ray.get(count.remote(self, head, segment))
         for line in describe(report):
-            print(f"semantic_ids: {line}", flush=True)
+            log.info("semantic_ids: %s", line)
         ids_report.require_quality(report, self.settings.semantic_ids)
         files = [
             *(segments_of(head) if head is not None else []),
@@ -462,3 +457,20 @@ def _overlap(shard: int, num_shards: int, entry: FileEntry) -> bool:
     """May the shard and a file of the registry, maybe written with other shards, hold the same item?"""
     first, shards = entry.facts["shard"], entry.facts["shards"]
     return shard * shards < (first + 1) * num_shards and first * num_shards < (shard + 1) * shards
+
+
+STAGE = Stage(
+    name="semantic_ids",
+    does="vectors and codebooks -> Semantic IDs, appended to the registry",
+    inputs=("catalog", "embeddings", "quantizer"),
+    sections=("semantic_ids",),
+    source=_source,
+    compute=_compute,
+    format_version=2,
+)
+"""Publishes `semantic_ids`: the registry of this ID space, with tonight's new items appended.
+
+Raises:
+    CollisionError: more items share codewords than `semantic_ids.disambiguator_size`.
+    QualityError: the IDs cannot tell items apart, by the thresholds of section `semantic_ids`.
+"""

@@ -40,30 +40,12 @@ from tiger_ray.data.histories import (
 from tiger_ray.errors import DataError
 from tiger_ray.published.semantic_ids import load_semantic_ids
 from tiger_ray.settings.sequences import SequencesSettings
-from tiger_ray.settings.settings import Settings
-from tiger_ray.stages.stage import Computed, StageResult, run_stage
+from tiger_ray.stages.stage import Computed, Context, Stage
 
 
-def run(settings: Settings, storage: Storage, events: Manifest, semantic_ids: Manifest) -> StageResult:
-    """Publish the artifact `sequences`: user shards and `popularity.parquet`.
-
-    Raises:
-        DataError: a time split is set, and nobody has an event to be tested on.
-    """
-    return run_stage(
-        storage,
-        settings,
-        "sequences",
-        inputs={"events": events, "semantic_ids": registry_of(semantic_ids)},
-        sections={"events": settings.events, "sequences": settings.sequences},
-        draws=settings.events.ties == "shuffled",
-        compute=lambda run: _compute(run, settings, storage, events, semantic_ids),
-    )
-
-
-def _compute(
-    run: Run, settings: Settings, storage: Storage, events: Manifest, semantic_ids: Manifest
-) -> Computed:
+def _compute(run: Run, context: Context) -> Computed:
+    settings, storage = context.settings, context.storage
+    events, semantic_ids = context.inputs["events"], context.inputs["semantic_ids"]
     files = [InputFile(**file) for file in events.metadata["files"]]
     # 20 bytes or so per item, shared by all tasks of a node: a broadcast beats a join.
     items = ray.remote(_item_table).remote(storage, semantic_ids, settings.events.ties, settings.seed)
@@ -165,3 +147,23 @@ def _write_popularity(
     with plain_errors():
         entry: FileEntry = ray.get(ray.remote(finish).remote(*parts))
     return entry
+
+
+STAGE = Stage(
+    name="sequences",
+    does="events -> one history per user",
+    inputs=("events", "semantic_ids"),
+    sections=("events", "sequences"),
+    keyed_inputs=lambda context: {
+        "events": context.inputs["events"],
+        "semantic_ids": registry_of(context.inputs["semantic_ids"]),
+    },
+    draws=lambda settings: settings.events.ties == "shuffled",
+    compute=_compute,
+    format_version=3,
+)
+"""Publishes `sequences`: user shards and `popularity.parquet`.
+
+Raises:
+    DataError: a time split is set, and no user has an event to be tested on.
+"""

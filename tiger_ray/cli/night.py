@@ -1,0 +1,46 @@
+"""Run stages of a night, and show at the end what a reader wants first."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tiger_ray.cli.job import run_job
+
+if TYPE_CHECKING:
+    from tiger_ray.artifacts.storage import Storage
+    from tiger_ray.settings.settings import Settings
+
+
+def run_stages(*names: str) -> None:
+    """Run these stages, or the whole night if none is named, with the settings of the command line, and exit."""
+    run_job(lambda settings, storage: run_and_show(settings, storage, *names))
+
+
+def run_and_show(settings: Settings, storage: Storage, *names: str) -> None:
+    """Run stages in the order of the night; then print some lists, and the metrics of the model.
+
+    Args:
+        settings: of the whole night.
+        storage: where artifacts live.
+        names: stages to run; none: all.
+
+    Raises:
+        TigerError: whatever a stage refuses or fails with.
+    """
+    # Imported here, so that a mistyped setting is refused at once.
+    from tiger_ray.report.tables import examples_table, metrics_table
+    from tiger_ray.stages.night import run_night
+
+    results = run_night(settings, storage, names)
+    if "recommendations" in results:
+        shown = ("catalog", "semantic_ids", "sequences", "recommendations")
+        manifests = [
+            results[name].manifest if name in results else storage.resolve(name, settings.date)
+            for name in shown
+        ]
+        print(f"\n{examples_table(storage, *manifests)}")
+    if "evaluation" in results:
+        model = results["model"].manifest if "model" in results else storage.resolve("model", settings.date)
+        print(f"\n{metrics_table(results['evaluation'].manifest, model)}")
+    elif "recommendations" in results:
+        print(f"\n{metrics_table(None, storage.resolve('model', settings.date))}")
