@@ -39,7 +39,7 @@ def test_a_process_that_has_been_idle_for_seconds_is_used_again() -> None:
     assert min(ray.get([age.remote() for _ in range(4)])) > 5.0
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(120, func_only=True)
 def test_a_worker_may_take_every_cpu_there_is(night: Night, night_root: str) -> None:
     """Nothing that its stage still needs may wait for a CPU."""
     data = night.settings.catalog.uri.removesuffix("/catalog")

@@ -95,10 +95,10 @@ INTERRUPTED_JOB = """
 import signal, sys, threading, time, os
 from pathlib import Path
 import ray
-from tiger_ray.config import RaySettings, TrainingSettings
-from tiger_ray.cluster import connect
-from tiger_ray.storage import Storage
-from tiger_ray.workers import run_workers
+from tiger_ray.settings import RaySettings, TrainingSettings
+from tiger_ray.cluster.connect import connect
+from tiger_ray.artifacts.storage import Storage
+from tiger_ray.cluster.workers import run_workers
 
 num_workers, folder = int(sys.argv[1]), Path(sys.argv[2])
 

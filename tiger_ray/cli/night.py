@@ -16,6 +16,18 @@ def run_stages(*names: str) -> None:
     run_job(lambda settings, storage: run_and_show(settings, storage, *names))
 
 
+def run_baseline() -> None:
+    """Evaluate `baseline.kind` beside the model of a night, with the settings of the command line, and exit."""
+    run_job(_evaluate_baseline)
+
+
+def _evaluate_baseline(settings: Settings, storage: Storage) -> None:
+    from tiger_ray.stages import baselines
+
+    inputs = {name: storage.resolve(name, settings.date) for name in baselines.INPUTS}
+    baselines.run_baseline(settings, storage, **inputs)
+
+
 def run_and_show(settings: Settings, storage: Storage, *names: str) -> None:
     """Run stages in the order of the night; then print some lists, and the metrics of the model.
 

@@ -19,6 +19,7 @@ import ray
 from ray.exceptions import RayError
 
 from tiger_ray.artifacts.run import Run
+from tiger_ray.cluster.progress import progress_bar
 from tiger_ray.cluster.shards import plain_errors
 from tiger_ray.cluster.usage import forget_peak, note_usage, usage_report
 from tiger_ray.core.logs import show_logs
@@ -61,7 +62,7 @@ def run_workers(
 
     Args:
         work: what each does.
-        arguments: the same for every worker; `run` is added to them.
+        arguments: the same for every worker; `run`, and `bar` for the log of the training, are added.
         run: whose artifact they compute.
         date: of the night.
         settings: section `training` or `quantizer`.
@@ -70,11 +71,12 @@ def run_workers(
         TigerError: what a worker raised, as itself and at once; or, of any other cause, after so many
             restarts as the settings allow.
     """
-    arguments = {**arguments, "run": run}
-    if settings.num_workers == 1:
-        _run_alone(work, arguments, run, settings)
-    else:
-        _run_together(work, arguments, run, date, settings)
+    with progress_bar(run.artifact, getattr(settings, "num_steps", None)) as bar:
+        arguments = {**arguments, "run": run, "bar": bar}
+        if settings.num_workers == 1:
+            _run_alone(work, arguments, run, settings)
+        else:
+            _run_together(work, arguments, run, date, settings)
 
 
 def _run_alone(work: Work, arguments: Mapping[str, Any], run: Run, settings: WorkerSettings) -> None:

@@ -231,6 +231,8 @@ def _train_worker(config: dict[str, Any], worker: Worker) -> None:
         if wants_mlflow():
             sections = {name: settings.resolved()[name] for name in ("model", "training")}
             sinks.append(MLflow(f"{settings.date} {run.run_id}", sections))
+        if config["bar"] is not None:
+            sinks.append(config["bar"])
 
     def save(progress: Progress) -> None:
         if not worker.is_first:
