@@ -11,12 +11,8 @@ import threading
 from collections.abc import Mapping
 
 from tiger_ray.errors import SettingsError, TigerError
-from tiger_ray.settings.base import Section
-from tiger_ray.settings.decoding import DecodingSettings
-from tiger_ray.settings.embeddings import EmbeddingsSettings
-from tiger_ray.settings.quantizer import QuantizerSettings
+from tiger_ray.settings.base import Section, Workers
 from tiger_ray.settings.ray import RaySettings
-from tiger_ray.settings.training import TrainingSettings
 
 IDLE_VARIABLE = "RAY_idle_worker_killing_time_threshold_ms"
 """Of Ray: how long a process without work is kept. By default a second, so that nearly every step of a night would
@@ -85,10 +81,9 @@ def require_room(ray_settings: RaySettings, sections: Mapping[str, Section]) -> 
         return
     whole = ray.cluster_resources()
     for name, section in sections.items():
-        if isinstance(section, EmbeddingsSettings | QuantizerSettings | TrainingSettings | DecodingSettings):
-            # those of an actor pool may come one after the other, those that compute together may not
-            together = isinstance(section, QuantizerSettings | TrainingSettings)
-            count = section.num_workers if together else 1
+        if isinstance(section, Workers):
+            # Actors of a pool may start one by one; workers that compute together must all fit at once.
+            count = section.num_workers if section.starts_together else 1
             kind, each = ("GPU", 1) if section.use_gpu else ("CPU", section.cpus_per_worker)
             if count * each > whole.get(kind, 0):
                 raise SettingsError(

@@ -24,13 +24,9 @@ from tiger_ray.cluster.shards import plain_errors
 from tiger_ray.cluster.usage import forget_peak, note_usage, usage_report
 from tiger_ray.core.logs import show_logs
 from tiger_ray.errors import TigerError
-from tiger_ray.settings.quantizer import QuantizerSettings
-from tiger_ray.settings.training import TrainingSettings
+from tiger_ray.settings.base import WorkerGroup
 
 log = logging.getLogger(__name__)
-
-WorkerSettings = QuantizerSettings | TrainingSettings
-"""Sections that say how many workers there are, and what each of them gets."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ Work = Callable[[dict[str, Any], Worker], None]
 
 
 def run_workers(
-    work: Work, arguments: Mapping[str, Any], *, run: Run, date: str, settings: WorkerSettings
+    work: Work, arguments: Mapping[str, Any], *, run: Run, date: str, settings: WorkerGroup
 ) -> None:
     """Run `work` on every worker, until all have returned.
 
@@ -79,7 +75,7 @@ def run_workers(
             _run_together(work, arguments, run, date, settings)
 
 
-def _run_alone(work: Work, arguments: Mapping[str, Any], run: Run, settings: WorkerSettings) -> None:
+def _run_alone(work: Work, arguments: Mapping[str, Any], run: Run, settings: WorkerGroup) -> None:
     """A plain task has nobody to meet, and starts without the five actors of Ray Train."""
     cpus, gpus = _resources(settings)
     task = ray.remote(_alone).options(name=run.artifact, num_cpus=cpus, num_gpus=gpus, max_retries=0)
@@ -101,17 +97,17 @@ def _alone(work: Work, arguments: dict[str, Any], cpus_per_worker: float) -> str
     return _work(work, arguments, Worker(0, 1, device), cpus_per_worker)
 
 
-def _resources(settings: WorkerSettings) -> tuple[float, int]:
+def _resources(settings: WorkerGroup) -> tuple[float, int]:
     """CPUs and GPUs of a worker."""
     return (0, 1) if settings.use_gpu else (settings.cpus_per_worker, 0)
 
 
-def _given_up(run: Run, settings: WorkerSettings, error: Exception) -> TigerError:
+def _given_up(run: Run, settings: WorkerGroup, error: Exception) -> TigerError:
     return TigerError(f"{run.artifact} ended, after {settings.max_failures} restarts at most: {error}")
 
 
 def _run_together(
-    work: Work, arguments: Mapping[str, Any], run: Run, date: str, settings: WorkerSettings
+    work: Work, arguments: Mapping[str, Any], run: Run, date: str, settings: WorkerGroup
 ) -> None:
     import ray.train
     from ray.train.torch import TorchTrainer

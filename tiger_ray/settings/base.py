@@ -1,11 +1,11 @@
-"""What all sections of the settings share: strict types, one error for an unknown name, and the fingerprint."""
+"""What the sections of the settings share: strict types, closed names, the fingerprint, and the fields of workers."""
 
 from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
 from datetime import date as calendar_date
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -25,7 +25,7 @@ LevelSize = Annotated[int, Field(ge=1, le=32767)]  # codes are int16
 
 
 def _in_utc(value: Any) -> datetime:
-    """A day or a time; left to itself, pydantic would also take numbers, and guess their unit."""
+    """A day or a time. Numbers are refused: pydantic would accept them and guess their unit."""
     if isinstance(value, str) and re.match(r"\d{4}-\d{2}-\d{2}", value):
         value = datetime.fromisoformat(value)
     elif isinstance(value, calendar_date) and not isinstance(value, datetime):
@@ -39,12 +39,22 @@ Moment = Annotated[datetime, BeforeValidator(_in_utc)]
 
 
 def operational(default: Any) -> Any:
-    """A setting that leaves what a stage writes the same, but for rounding: how fast it runs, or when a night is stopped."""
+    """A setting that does not change results (up to rounding), such as speed or deadlines.
+
+    The fingerprint of its section leaves it out.
+    """
     return Field(default, json_schema_extra={"operational": True})
 
 
 class Section(BaseModel):
-    """One group of settings; frozen, and closed to unknown keys."""
+    """One group of settings; frozen, and closed to unknown keys.
+
+    >>> class Demo(Section):
+    ...     depth: Count = 2
+    ...     num_threads: Count = operational(1)
+    >>> Demo(num_threads=8).fingerprint()
+    {'depth': 2}
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -55,3 +65,29 @@ class Section(BaseModel):
             name for name, extra in extras.items() if isinstance(extra, dict) and extra.get("operational")
         }
         return self.model_dump(mode="json", exclude=hidden)
+
+
+class Workers(Section):
+    """How many workers a stage has, and what each worker gets."""
+
+    num_workers: Count = operational(1)
+    """Workers at most. Encoders and decoders start one by one, as CPUs or GPUs become free; the workers of
+    `quantizer` and of `training` compute together, so the cluster must have room for all of them at once."""
+    cpus_per_worker: Positive = operational(1)
+    """CPUs reserved for each worker, and its torch threads (an encoder's threads are torch's own choice)."""
+    use_gpu: bool = operational(False)
+    """Reserve one GPU for each worker, instead of CPUs. Workers that compute together talk by NCCL on GPUs and by
+    gloo on CPUs."""
+
+    starts_together: ClassVar[bool] = False
+    """Must all workers fit in the cluster at once?"""
+
+
+class WorkerGroup(Workers):
+    """Workers that compute one thing together: when one dies, all start again."""
+
+    max_failures: CountOrZero = operational(3)
+    """Deaths of workers that a stage survives. `quantizer` starts its fit again, `training` goes on from its last
+    checkpoint."""
+
+    starts_together: ClassVar[bool] = True

@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tiger_ray.settings.base import Count, Positive, Section, operational
+from tiger_ray.settings.base import Count, Workers
 
 
-class DecodingSettings(Section):
+class DecodingSettings(Workers):
     """Constrained beam search, shared by evaluation, recommendations and serving."""
 
     beam_width: Count = 20
@@ -25,9 +25,3 @@ class DecodingSettings(Section):
     batch_tokens: Count | None = None
     """History tokens and beams of the users decoded at once, which sets memory: about 30 kB each at
     levels of 256 codewords, for each thread of a CPU; empty: 4,096 on a CPU and 262,144 on a GPU."""
-    num_workers: Count = operational(1)
-    """Decoder actors at most."""
-    cpus_per_worker: Positive = operational(1)
-    """CPUs, and torch threads, of each decoder actor."""
-    use_gpu: bool = operational(False)
-    """Give each decoder actor one GPU."""

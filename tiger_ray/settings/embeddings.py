@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from tiger_ray.settings.base import Count, Positive, Section, operational
+from tiger_ray.settings.base import Count, Workers, operational
 
 
-class EmbeddingsSettings(Section):
+class EmbeddingsSettings(Workers):
     """Item text to vectors."""
 
     encoder: Literal["hashing", "sentence-transformers", "catalog"] = "hashing"
@@ -20,9 +20,3 @@ class EmbeddingsSettings(Section):
     """Width of `hashing` embeddings; the other encoders bring their own."""
     batch_size: Count = operational(64)
     """Texts encoded at once."""
-    num_workers: Count = operational(1)
-    """Encoder actors at most."""
-    cpus_per_worker: Positive = operational(1)
-    """CPUs reserved by each encoder actor."""
-    use_gpu: bool = operational(False)
-    """Give each encoder actor one GPU."""

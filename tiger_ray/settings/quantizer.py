@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from tiger_ray.settings.base import Count, CountOrZero, LevelSize, Positive, Section, Share, operational
+from tiger_ray.settings.base import Count, LevelSize, Positive, Share, WorkerGroup, operational
 
 
-class QuantizerSettings(Section):
+class QuantizerSettings(WorkerGroup):
     """Embeddings to codewords. A change here starts a new ID space and needs a new model."""
 
     kind: Literal["rqvae", "residual_kmeans", "lsh", "random", "flat"] = "residual_kmeans"
@@ -43,16 +43,8 @@ class QuantizerSettings(Section):
     """Weight of the commitment loss, beta in the paper (`rqvae`)."""
     version: Count = 1
     """Raise by one to fit a new quantizer on today's catalog; otherwise the published one is kept for good."""
-    num_workers: Count = operational(1)
-    """Workers that fit together, each with its share of the items."""
-    use_gpu: bool = operational(False)
-    """One GPU per worker, NCCL; otherwise CPU and gloo."""
-    cpus_per_worker: Positive = operational(1)
-    """CPUs, and torch threads, of each worker."""
     memory_mb_per_worker: Count = operational(2048)
     """MiB of embeddings that a worker keeps; what is beyond is read from storage again on each pass."""
-    max_failures: CountOrZero = operational(3)
-    """Worker deaths survived by starting the fit again."""
 
     @model_validator(mode="after")
     def _levels_fit(self) -> QuantizerSettings:

@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tiger_ray.settings.base import Count, CountOrZero, Positive, Section, operational
+from tiger_ray.settings.base import Count, CountOrZero, Positive, WorkerGroup, operational
 
 
-class TrainingSettings(Section):
+class TrainingSettings(WorkerGroup):
     """Histories to a model."""
 
     holdout: Literal["leave_one_out", "time", "none"] = "leave_one_out"
@@ -53,13 +53,5 @@ class TrainingSettings(Section):
     """Stop after so many checkpoints without a better NDCG@10; empty: never."""
     checkpoint_every_steps: Count = 1000
     """Steps between checkpoints on storage; a killed run repeats at most so many."""
-    num_workers: Count = operational(1)
-    """DDP workers."""
-    cpus_per_worker: Positive = operational(1)
-    """CPUs, and torch threads, of each worker."""
-    use_gpu: bool = operational(False)
-    """One GPU per worker, NCCL; otherwise CPU and gloo."""
-    max_failures: CountOrZero = operational(3)
-    """Worker deaths survived by restarting from the last checkpoint."""
     log_every_steps: Count = operational(100)
     """Steps between log lines."""
