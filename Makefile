@@ -70,7 +70,7 @@ clean:
 	touch $@
 
 .venv/test: .venv/base
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[report,test]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@
 
 .venv/studies: .venv/base

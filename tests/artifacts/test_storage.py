@@ -402,8 +402,17 @@ def test_names_that_are_no_plain_file_names_are_refused(folder: Storage, name: s
     ):
         with pytest.raises(ArtifactError, match="must be letters, digits"):
             use(name)
-    with pytest.raises(ArtifactError, match="date must be a day"):
+    with pytest.raises(SettingsError, match="date must be a day"):
         folder.published("catalog", name)
+
+
+@pytest.mark.parametrize("date", ["yesterday", "2026-02-30", "20261123", "2026-11-23/.."])
+def test_a_date_that_is_no_day_is_an_error_of_the_settings_and_not_of_the_artifact(
+    folder: Storage, date: str
+) -> None:
+    with pytest.raises(SettingsError, match=f"date must be a day like 2026-11-23, not {date!r}") as refused:
+        folder.resolve("evaluation", date)
+    assert refused.value.exit_code == 2
 
 
 # Processes and secrets
@@ -797,7 +806,7 @@ def test_inputs_behind_links_are_found_and_links_to_nothing_refused(tmp_path: Pa
     assert found == [*below, "of_run/d.parquet"]
     for name in ("day=3", "e.parquet"):
         (tmp_path / "events" / name).symlink_to("nowhere")
-        with pytest.raises(DataError, match=rf"/events/{name} is a link to nothing; mend it or remove it"):
+        with pytest.raises(DataError, match=rf"/events/{name} is a broken symlink; repair it or remove it"):
             list_inputs(uri)
         (tmp_path / "events" / name).unlink()
 

@@ -1,5 +1,6 @@
 """A worker that fails is started again as often as the settings allow, and one that was told why it cannot go on is not."""
 
+import logging
 import os
 import secrets
 import signal
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from tiger_ray.artifacts.storage import Storage
-from tiger_ray.cluster.workers import Work, Worker, run_workers
+from tiger_ray.cluster.workers import Work, Worker, run_workers, silence_ray_train
 from tiger_ray.errors import DataError, TigerError
 from tiger_ray.settings.training import TrainingSettings
 
@@ -65,7 +66,7 @@ def test_one_worker_is_started_again_after_a_kill_and_an_error(workers: Workers)
 
 
 def test_a_worker_that_fails_too_often_ends_the_job_and_says_how(workers: Workers) -> None:
-    with pytest.raises(TigerError, match=r"model ended, after 2 restarts at most: [\s\S]*of another kind"):
+    with pytest.raises(TigerError, match=r"max_failures is 2\); last error: [\s\S]*of another kind"):
         workers.run("killed", "killed", "error", "well")
     assert workers.begun == 3
 
@@ -75,6 +76,18 @@ def test_an_error_of_ours_is_raised_as_itself_and_at_once(workers: Workers, num_
     with pytest.raises(DataError, match=r"^the log is empty$"):
         workers.run("ours", num_workers=num_workers)
     assert 1 <= workers.begun <= num_workers
+
+
+def test_only_the_log_of_ray_train_is_silenced(caplog: pytest.LogCaptureFixture) -> None:
+    ray_train = logging.getLogger("ray.train")
+    level = ray_train.level
+    try:
+        silence_ray_train()
+        logging.getLogger("ray.train.v2._internal.util").critical("a traceback")
+        logging.getLogger("application").error("of the application")
+    finally:
+        ray_train.setLevel(level)
+    assert [record.message for record in caplog.records] == ["of the application"]
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -95,10 +108,11 @@ INTERRUPTED_JOB = """
 import signal, sys, threading, time, os
 from pathlib import Path
 import ray
-from tiger_ray.settings import RaySettings, TrainingSettings
-from tiger_ray.cluster.connect import connect
 from tiger_ray.artifacts.storage import Storage
+from tiger_ray.cluster.connect import connect
 from tiger_ray.cluster.workers import run_workers
+from tiger_ray.settings.ray import RaySettings
+from tiger_ray.settings.training import TrainingSettings
 
 num_workers, folder = int(sys.argv[1]), Path(sys.argv[2])
 

@@ -27,6 +27,9 @@ def test_footers_alone_tell_rows_missing_columns_and_mixed_types(tmp_path):
         match=r"a\.parquet \(1 rows\) has no column 'titel', which catalog\.text\[0\] names; did you mean 'title'",
     ):
         read_input_schema(list_inputs(uri), uri, {"catalog.text[0]": "titel"})
+    message = r"has no column 'x', which catalog\.text\[0\] names\. It has: item_id, title$"
+    with pytest.raises(DataError, match=message):
+        read_input_schema(list_inputs(uri), uri, {"catalog.text[0]": "x"})
     pq.write_table(pa.table({"item_id": [1], "title": ["t"]}), tmp_path / "c.parquet")
     with pytest.raises(
         DataError, match=r"'item_id' is int64 in .*c\.parquet \(1 rows\), but string in .*a\.parquet"

@@ -33,7 +33,7 @@ FLOORS = (
 )
 """Rooms of the package; a room imports only rooms before it."""
 
-APART = {"synthetic": {"errors", "artifacts", "settings", "core"}}
+APART = {"synthetic": {"errors", "artifacts", "settings", "core", "data"}}
 """Rooms that no floor but the command line imports, and the rooms that they may import."""
 
 RAY_ROOMS = {"cluster", "stages", "serving"}

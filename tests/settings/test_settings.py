@@ -138,7 +138,7 @@ def test_a_date_that_is_no_day_is_refused(night):
         ("training: {patience: 3, validation_users: 0}\n", r"training\.validation_users above 0"),
         (
             "evaluation: {exclude_history: true, max_history: 20}\n",
-            r"evaluation\.exclude_history masks whole histories, .* leave evaluation\.max_history empty",
+            r"evaluation\.exclude_history masks whole histories, .* Leave evaluation\.max_history empty",
         ),
         (
             "events: {uri: /e, event_type: kind}\n",
@@ -242,8 +242,14 @@ def test_what_an_environment_variable_holds_is_text_and_not_yaml(night, monkeypa
 @pytest.mark.parametrize(
     ("yaml", "message"),
     [
-        ("training: {num_steps: 7}\ntraining: {use_gpu: true}\n", r"'training' is there(.|\n)*and once more"),
-        ("training:\n  num_steps: 7\n  num_steps: 8\n", r"'num_steps' is there(.|\n)*and once more"),
+        (
+            "training: {num_steps: 7}\ntraining: {use_gpu: true}\n",
+            r"the key 'training' comes first(.|\n)*line 4(.|\n)*and again(.|\n)*line 5",
+        ),
+        (
+            "training:\n  num_steps: 7\n  num_steps: 8\n",
+            r"the key 'num_steps' comes first(.|\n)*line 5(.|\n)*and again(.|\n)*line 6",
+        ),
     ],
 )
 def test_a_key_that_comes_twice_is_refused_with_both_lines(night, yaml, message):

@@ -42,7 +42,7 @@ def test_an_embedding_does_not_depend_on_its_neighbours(minilm):
 def test_the_hashing_encoder_gives_the_same_embedding_in_every_process():
     here = make_encoder(EmbeddingsSettings(dim=64), seed=3).encode(TEXTS)
     code = (
-        "import sys; from tiger_ray.settings import EmbeddingsSettings; from tiger_ray.ids.encoders import make_encoder;"
+        "import sys; from tiger_ray.settings.embeddings import EmbeddingsSettings; from tiger_ray.ids.encoders import make_encoder;"
         f"sys.stdout.buffer.write(make_encoder(EmbeddingsSettings(dim=64), seed=3).encode({TEXTS!r}).tobytes())"
     )
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=120).stdout

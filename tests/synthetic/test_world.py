@@ -1,6 +1,7 @@
 """The planted world keeps its law, and the oracle is the best answer to it."""
 
 import json
+import os
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from tiger_ray.data.inputs import list_inputs
 from tiger_ray.errors import ArtifactError, DataError, SettingsError, StorageError
 from tiger_ray.synthetic.world import CATALOG_SCHEMA, DEFAULT_SHARES, EVENTS_SCHEMA, World, write
 
@@ -272,6 +274,19 @@ def test_writing_again_leaves_no_part_of_the_earlier_world(tmp_path):
     write(str(tmp_path), world, num_users=20, seed=1, num_files=5)
     write(str(tmp_path), world, num_users=10, seed=2, num_files=2)
     assert pq.read_table(tmp_path / "events").equals(world.events(10, seed=2))
+
+
+def test_a_world_is_written_to_the_endpoint_of_the_variables_that_the_job_reads(s3_root, monkeypatch):
+    endpoint = os.environ["AWS_ENDPOINT_URL"]
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+    world = World.build(40, seed=1)
+    write(f"{s3_root}/data", world, num_users=10, seed=1, num_files=2)
+    assert World.read(f"{s3_root}/data").digest() == world.digest()
+    assert [file.path.rsplit("/", 1)[1] for file in list_inputs(f"{s3_root}/data/events")] == [
+        "part-00000.parquet",
+        "part-00001.parquet",
+    ]
 
 
 def test_a_catalog_of_somebody_else_is_not_replaced(tmp_path):

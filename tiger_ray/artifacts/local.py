@@ -17,8 +17,8 @@ import pyarrow as pa
 from tiger_ray.artifacts.store import InputFile, Outrun, Stored, T
 from tiger_ray.errors import StorageError
 
-LINK_TO_NOTHING = "a link to nothing"
-"""Version of a file that is none."""
+BROKEN_SYMLINK = "broken symlink"
+"""Version that `find` gives to a symlink whose target does not exist."""
 
 
 class LocalStore:
@@ -73,7 +73,7 @@ class LocalStore:
                     stat = path.stat()
                 except FileNotFoundError:
                     if path.is_symlink():
-                        found.append(InputFile(key, 0, LINK_TO_NOTHING))
+                        found.append(InputFile(key, 0, BROKEN_SYMLINK))
                     continue  # else another writer's temporary file
                 found.append(InputFile(key, stat.st_size, str(stat.st_mtime_ns)))
         return found

@@ -34,6 +34,7 @@ from tiger_ray.artifacts.run import Run, require_name
 from tiger_ray.artifacts.store import NoAnswer, Outrun, Store, persist
 from tiger_ray.core.hashing import canonical_json
 from tiger_ray.errors import ArtifactError, CommitUnknownError, PublishError, StorageError
+from tiger_ray.settings.base import calendar_day
 
 T = TypeVar("T")
 
@@ -185,6 +186,7 @@ class Storage(Objects):
 
         Raises:
             ArtifactError: nothing is published there, or this version cannot read it.
+            SettingsError: the date is no day.
         """
         wanted = date or self.latest_date(artifact)
         manifest = self.published(artifact, wanted) if wanted else None
@@ -309,9 +311,7 @@ class _Version(BaseModel):
 
 def _manifest_key(artifact: str, date: str) -> str:
     require_name("artifact", artifact)
-    if not DATE.fullmatch(date):
-        raise ArtifactError(f"date must be a day like 2026-11-23, not {date!r}")
-    return f"{artifact}/date={date}/_manifest.json"
+    return f"{artifact}/date={calendar_day(date)}/_manifest.json"
 
 
 def _head_key(artifact: str, name: str) -> str:

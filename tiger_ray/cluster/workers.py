@@ -103,7 +103,11 @@ def _resources(settings: WorkerGroup) -> tuple[float, int]:
 
 
 def _given_up(run: Run, settings: WorkerGroup, error: Exception) -> TigerError:
-    return TigerError(f"{run.artifact} ended, after {settings.max_failures} restarts at most: {error}")
+    section = "quantizer" if run.artifact == "quantizer" else "training"
+    return TigerError(
+        f"{run.artifact} failed {settings.max_failures + 1} times at most and is given up "
+        f"({section}.max_failures is {settings.max_failures}); last error: {error}"
+    )
 
 
 def _run_together(
@@ -124,7 +128,7 @@ def _run_together(
         def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
             for error in worker_exceptions.values():
                 if isinstance(error, TigerError):
-                    logging.disable()
+                    silence_ray_train()
                     raise error  # Ray Train restarts after errors of workers, but not of callbacks
 
     class Trainer(TorchTrainer):  # type: ignore[misc]
@@ -173,8 +177,13 @@ def _together(work: Work, cpus_per_worker: float, arguments: dict[str, Any]) -> 
         report = _work(work, arguments, worker, cpus_per_worker)
         arguments["run"].write_beside(USAGE_FOLDER, {f"worker-{worker.rank}": report.encode()})
     except TigerError:
-        logging.disable()  # the job says it once, without a traceback
+        silence_ray_train()
         raise
+
+
+def silence_ray_train() -> None:
+    """Stop the log of Ray Train in this process: the job reports an error of ours once, without a traceback."""
+    logging.getLogger("ray.train").setLevel(logging.CRITICAL + 1)
 
 
 def _work(work: Work, arguments: dict[str, Any], worker: Worker, cpus_per_worker: float) -> str:

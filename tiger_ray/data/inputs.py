@@ -16,7 +16,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from tiger_ray.artifacts import schemas
-from tiger_ray.artifacts.local import LINK_TO_NOTHING, LocalStore
+from tiger_ray.artifacts.local import BROKEN_SYMLINK, LocalStore
 from tiger_ray.artifacts.s3 import S3Store, s3_filesystem
 from tiger_ray.artifacts.store import TIMEOUT_S, InputFile, Store, T, parse_uri, persist
 from tiger_ray.errors import DataError
@@ -50,10 +50,10 @@ def read_input_schema(
         for setting, column in wanted.items():
             if column not in schema.names:
                 near = difflib.get_close_matches(column, schema.names, n=1, cutoff=0.3)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = f"; did you mean {near[0]!r}?" if near else "."
                 raise DataError(
                     f"{file.path} ({footer.num_rows:,} rows) has no column {column!r}, which {setting} names{hint} "
-                    f"It has: {', '.join(schema.names)}."
+                    f"It has: {', '.join(schema.names)}"
                 )
             if first is not None and schema.field(column).type != first.field(column).type:
                 raise DataError(
@@ -128,7 +128,7 @@ def list_inputs(uri: str, suffix: str = ".parquet") -> list[InputFile]:
         suffix: other files of a folder are passed over, and so is every name that starts with `_` or `.`.
 
     Raises:
-        DataError: nothing to read there, a Parquet file of 0 bytes, or a link to nothing.
+        DataError: nothing to read there, a Parquet file of 0 bytes, or a broken symlink.
         StorageError: the store cannot be reached or read.
     """
     store, base, key = input_store(uri)
@@ -139,8 +139,8 @@ def list_inputs(uri: str, suffix: str = ".parquet") -> list[InputFile]:
         hidden = any(part.startswith(("_", ".")) for part in below.split("/"))
         if file.path.endswith("/"):
             continue  # a marker that some tools write for a folder
-        if file.version == LINK_TO_NOTHING and not hidden:
-            raise DataError(f"{base}/{file.path} is a link to nothing; mend it or remove it")
+        if file.version == BROKEN_SYMLINK and not hidden:
+            raise DataError(f"{base}/{file.path} is a broken symlink; repair it or remove it")
         # by a link, one file may lie there under two names
         real = os.path.realpath(f"/{file.path}") if isinstance(store, LocalStore) else file.path
         if hidden or real in read or (below and not below.endswith(suffix)):

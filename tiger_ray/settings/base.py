@@ -9,6 +9,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from tiger_ray.errors import SettingsError
+
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -22,6 +24,20 @@ Positive = Annotated[float, Field(gt=0.0)]
 
 
 LevelSize = Annotated[int, Field(ge=1, le=32767)]  # codes are int16
+
+
+def calendar_day(text: str) -> str:
+    """The text, if it is a day of the calendar as YYYY-MM-DD.
+
+    Raises:
+        SettingsError: any other text.
+    """
+    try:
+        if calendar_date.fromisoformat(text).isoformat() == text:
+            return text
+    except ValueError:
+        pass
+    raise SettingsError(f"date must be a day like 2026-11-23, not {text!r}")
 
 
 def _in_utc(value: Any) -> datetime:

@@ -33,8 +33,8 @@ class EvaluationSettings(Section):
     def _whole_histories_are_masked(self) -> EvaluationSettings:
         if self.exclude_history and self.max_history is not None:
             raise ValueError(
-                f"evaluation.exclude_history masks whole histories, of which evaluation.max_history {self.max_history} "
-                "would give a ranker only the end; leave evaluation.max_history empty (what a model reads is limited by "
-                "model.max_history or sasrec.max_history, and all is masked)"
+                f"evaluation.exclude_history masks whole histories, but evaluation.max_history is {self.max_history} and "
+                "a ranker would only be given their ends. Leave evaluation.max_history empty; model.max_history and "
+                "sasrec.max_history already limit what a model reads"
             )
         return self

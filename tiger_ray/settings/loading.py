@@ -92,7 +92,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which no key comes twice: the first would be lost without a word."""
+    """YAML without repeated keys: PyYAML would silently drop the first value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[str, yaml.Mark] = {}
@@ -101,7 +101,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    f"{key.value!r} is there", seen[key.value], "and once more", key.start_mark
+                    f"the key {key.value!r} comes first", seen[key.value], "and again", key.start_mark
                 )
             seen[key.value] = key.start_mark
         return super().construct_mapping(node, deep)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import date as calendar_date
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from tiger_ray.settings.base import calendar_day
 from tiger_ray.settings.baseline import BaselineSettings
 from tiger_ray.settings.catalog import CatalogSettings
 from tiger_ray.settings.decoding import DecodingSettings
@@ -64,11 +64,7 @@ class Settings(BaseSettings):
     @field_validator("date")
     @classmethod
     def _date_is_a_calendar_day(cls, value: str) -> str:
-        try:
-            parsed = calendar_date.fromisoformat(value)
-        except ValueError:
-            raise ValueError(f"date must be a day like 2026-11-23, not {value!r}") from None
-        return parsed.isoformat()
+        return calendar_day(value)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Settings:

@@ -63,7 +63,8 @@ def _compute(run: Run, context: Context) -> Computed:
     dims = {int(entry.facts["dim"]) for entry in entries}
     if len(dims) != 1:
         raise ArtifactError(
-            f"embeddings of {sorted(dims)} dimensions came out of one encoder; is embeddings.model stable?"
+            f"embeddings.model gave vectors of different widths in one run, {sorted(dims)}: its files changed between "
+            "shards or retries. Set embeddings.revision, or leave the model's folder alone, and run the night again"
         )
     rows, encoded = sum(entry.rows for entry in entries), sum(entry.facts["encoded"] for entry in entries)
     log.info("embeddings: %s texts encoded, %s kept", f"{encoded:,}", f"{rows - encoded:,}")

@@ -21,7 +21,7 @@ def require_gate(settings: Settings, storage: Storage, evaluated: Manifest) -> N
     if ours < floor:
         raise QualityError(
             f"{name} is {ours:.4f}, popularity has {popular:.4f}, and evaluation.min_ratio_to_popularity asks for "
-            f"{floor:.4f}; recommendations are not published, the last ones stay. Train longer, or look at the data."
+            f"{floor:.4f}; recommendations are not published, the last ones stay. Train longer, or look at the data"
         )
     try:
         last = storage.resolve("recommendations").metadata["evaluation"]
@@ -31,9 +31,10 @@ def require_gate(settings: Settings, storage: Storage, evaluated: Manifest) -> N
         return
     if ours < (1 - settings.evaluation.max_drop) * last[name]:
         raise QualityError(
-            f"{name} is {ours:.4f}, the model of the last published recommendations had {last[name]:.4f}, and "
-            f"evaluation.max_drop allows to lose {settings.evaluation.max_drop:.0%}; recommendations are not published, "
-            "the last ones stay."
+            f"{name} is {ours:.4f}, {1 - ours / last[name]:.0%} below the {last[name]:.4f} of the last published "
+            f"recommendations, and evaluation.max_drop allows a loss of {settings.evaluation.max_drop:.0%}; "
+            "recommendations are not published, the last ones stay. Look at the data and at the loss of the training; "
+            "if the new level is right, run again with a higher evaluation.max_drop"
         )
 
 
@@ -42,7 +43,7 @@ def require_evaluated(settings: Settings, storage: Storage, model: Manifest) -> 
 
     Raises:
         ArtifactError: it is not.
-        QualityError: as `require_quality`.
+        QualityError: as `require_gate`.
     """
     if model.metadata["holdout"] == "none":
         return

@@ -1,4 +1,4 @@
-"""Users -> top-K rows in Parquet, and the same decoding against held-out events for the evaluation.
+"""Stage `recommendations`: users -> top-K rows in Parquet.
 
 Each Ray Data actor holds model, Semantic IDs and trie, and turns one shard of users into one file. A user
 without history gets the most popular items instead, marked `fallback`.

@@ -23,12 +23,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +35,7 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from tiger_ray.data.inputs import input_filesystem
 from tiger_ray.errors import ArtifactError, DataError, SettingsError, StorageError
 from tiger_ray.synthetic.names import (
     _ADJECTIVES,
@@ -318,7 +317,7 @@ class World:
         Raises:
             ArtifactError: no plant there, or this version of the code plants another world from it.
         """
-        filesystem, root = _locate(uri)
+        filesystem, root = input_filesystem(uri)
         try:
             with filesystem.open_input_file(f"{root}/plant.json") as file:
                 plant = json.loads(file.read())
@@ -488,7 +487,7 @@ def write(
     """Write `catalog/part-*.parquet`, `events/part-*.parquet` and `plant.json` in place of an earlier world.
 
     Args:
-        uri: folder, or `s3://bucket/prefix` (the endpoint may come from AWS_ENDPOINT_URL).
+        uri: folder, or `s3://bucket/prefix`; endpoint, region and CA bundle come from the AWS variables.
         world: the world to write; `World.read(uri)` brings it back.
         num_users: U; with the next three arguments as in `World.events`.
         seed: seed of the users.
@@ -518,7 +517,7 @@ def write(
             "max_events": max_events,
         },
     }
-    filesystem, root = _locate(uri)
+    filesystem, root = input_filesystem(uri)
     _make_room(filesystem, root, uri)
     # The plant goes first: a run that dies later leaves a folder that the next run may replace.
     with filesystem.open_output_stream(f"{root}/plant.json") as file:
@@ -602,17 +601,6 @@ def _text(words: list[str], index: npt.NDArray[np.integer[Any]]) -> pa.Array:
 def _padded(prefix: str, number: Int32, width: int) -> pa.Array:
     digits = pc.utf8_lpad(pa.array(number).cast(pa.string()), width, "0")
     return pc.binary_join_element_wise(prefix, digits, "")
-
-
-def _locate(uri: str) -> tuple[pafs.FileSystem, str]:
-    if "://" not in uri:
-        return pafs.LocalFileSystem(), os.path.abspath(uri)
-    endpoint = os.environ.get("AWS_ENDPOINT_URL")
-    if uri.startswith("s3://") and endpoint:
-        scheme, _, host = endpoint.partition("://")
-        uri += f"?scheme={scheme}&endpoint_override={quote(host.rstrip('/'), safe='')}"
-    filesystem, root = pafs.FileSystem.from_uri(uri)
-    return filesystem, root.rstrip("/")
 
 
 def _make_room(filesystem: pafs.FileSystem, root: str, uri: str) -> None:
