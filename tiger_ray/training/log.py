@@ -1,6 +1,6 @@
-"""What training shows while it runs: loss, speed, padding and share of the processor's peak.
+"""What training reports while it runs: loss, speed, padding and share of the processor's peak.
 
-Lines for people, TensorBoard files beside the run, and MLflow where the variable MLFLOW_TRACKING_URI is set.
+The numbers go to log lines, to TensorBoard files beside the run and, if MLFLOW_TRACKING_URI is set, to MLflow.
 
 B examples, I losses per example.
 """
@@ -30,7 +30,7 @@ Sink = Callable[[int, Mapping[str, float]], None]
 
 
 class LossWindow:
-    """Mean loss since the last look, over all workers; counting does not wait for a GPU."""
+    """Mean loss over all workers since the last call of `mean`; `add` does not wait for the GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -38,17 +38,17 @@ class LossWindow:
         self._count = 0
 
     def add(self, step: int, loss_BI: Tensor) -> None:
-        """Count the losses, (B, I) float, of examples of step number `step`, 0-based."""
+        """Add the losses, (B, I) float, of the examples of step number `step`, 0-based."""
         loss = loss_BI.detach().sum()
         self._sum += loss
         self._bad_step.clamp_(max=torch.where(loss.isfinite(), math.inf, step))
         self._count += loss_BI.numel()
 
     def mean(self) -> float:
-        """Mean of the losses, the same on every worker; the next window begins.
+        """Mean of the losses, the same on every worker; then start a new window.
 
         Raises:
-            TigerError: a loss was not finite; names the first step.
+            TigerError: a loss was not finite; the message names the first such step.
         """
         total = torch.stack([self._sum, torch.full_like(self._sum, self._count)])
         if dist.is_initialized():
@@ -66,7 +66,7 @@ class LossWindow:
 
 
 class TrainingLog:
-    """Running loss and speed of all workers, shown by the first of them every so many steps."""
+    """Loss and speed of all workers, shown by the first worker every few steps."""
 
     def __init__(
         self,
@@ -76,14 +76,15 @@ class TrainingLog:
         peak: float | None = None,
         sinks: Sequence[Sink] = (),
     ) -> None:
-        """Get ready.
+        """Start counting.
 
         Args:
             every: steps between two lines.
-            num_steps: of the whole run.
-            device: of the model.
-            peak: operations per second that a matrix product reaches on this worker; None: no share of it.
-            sinks: where the numbers go beside the screen.
+            num_steps: steps of the whole run; the last step is always shown.
+            device: device of the model.
+            peak: operations per second that a matrix product reaches on this worker; None: the lines leave out
+                the share of the peak.
+            sinks: get the same numbers as the lines.
         """
         self._every, self._num_steps, self._device = every, num_steps, device
         self._peak, self._sinks = peak, sinks
@@ -102,19 +103,19 @@ class TrainingLog:
         Args:
             step: 0-based number of the step.
             loss_BI: losses of each example, (B, I) float.
-            tokens: of the histories.
-            padded: the same with padding.
-            operations: floating-point operations, forward and backward, without those on padding.
+            tokens: tokens of the histories, without padding.
+            padded: tokens of the histories, with padding.
+            operations: floating-point operations of forward and backward, without those on padding.
         """
         self._loss.add(step, loss_BI)
         self._counts += torch.tensor([len(loss_BI), tokens, padded, operations], dtype=torch.float64)
 
     def end_step(self, step: int, learning_rate: float) -> None:
-        """Show what has gathered, if it is time."""
+        """Show the counts since the last line, if `every` steps are over or this is the last step."""
         self._steps += 1
         if self._steps < self._every and step + 1 < self._num_steps:
             return
-        loss = self._loss.mean()  # waits for the device, so it comes before the clock is read
+        loss = self._loss.mean()  # Waits for the device, so read the clock afterwards.
         counts, workers = self._counts.to(self._device), 1
         if dist.is_initialized():
             dist.all_reduce(counts)
@@ -142,7 +143,7 @@ class TrainingLog:
         self._begin()
 
     def add_checkpoint(self, point: Mapping[str, float]) -> None:
-        """Show a point of the curve."""
+        """Show the metrics of a checkpoint, by name, and its `step`."""
         metrics = {name: value for name, value in point.items() if name != "step"}
         if self._is_first:
             words = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
@@ -151,39 +152,34 @@ class TrainingLog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done meanwhile is no part of the speed of training."""
+        """Exclude this block from the training speed."""
         began = time.monotonic()
         yield
         self._since += time.monotonic() - began
 
     def _write(self, group: str, step: int, values: Mapping[str, float]) -> None:
         for sink in self._sinks:
-            # neither TensorBoard nor MLflow allows an @
+            # TensorBoard and MLflow refuse an @ in a name.
             sink(step, {f"{group}/{name}".replace("@", "_"): value for name, value in values.items()})
 
 
 class TensorBoard:
-    """An event file, local until somebody copies it."""
+    """An event file in a temporary folder; the caller copies it to storage."""
 
     def __init__(self, start: int) -> None:
-        from tensorboardX.event_file_writer import EventsWriter
+        from torch.utils.tensorboard import SummaryWriter
 
         self._folder = tempfile.TemporaryDirectory()
-        # not SummaryWriter, which writes in a thread of its own and does not say when it is done
-        self._writer = EventsWriter(f"{self._folder.name}/events", filename_suffix=f".from-step-{start}")
+        self._writer = SummaryWriter(self._folder.name, filename_suffix=f".from-step-{start}")
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
         """Take the values of one step, by name."""
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.summary import scalar
-
         for name, value in values.items():
-            event = Event(step=step, wall_time=time.time(), summary=scalar(name, value))
-            self._writer.write_event(event)
+            self._writer.add_scalar(name, value, step)
 
     def files(self) -> dict[str, bytes]:
-        """The file so far, by name."""
-        self._writer.flush()
+        """Content of the event file up to now, by file name."""
+        self._writer.flush()  # waits for the thread that writes
         return {path.name: path.read_bytes() for path in Path(self._folder.name).iterdir()}
 
     def close(self) -> None:
@@ -192,13 +188,13 @@ class TensorBoard:
 
 
 class MLflow:
-    """The tracking server that the variable MLFLOW_TRACKING_URI names; training goes on if it fails."""
+    """The tracking server of the variable MLFLOW_TRACKING_URI; training goes on if the server fails."""
 
     def __init__(self, run_name: str, settings: Mapping[str, Any]) -> None:
         """Begin a run of the experiment `tiger_ray`.
 
         Args:
-            run_name: shown by MLflow.
+            run_name: name of the run in MLflow.
             settings: parameters of the run, by section and name.
 
         Raises:
@@ -215,7 +211,7 @@ class MLflow:
 
         def begin() -> None:
             mlflow.set_experiment("tiger_ray")
-            mlflow.end_run()  # of a training in this process that ended by an error
+            mlflow.end_run()  # An earlier training of this process may have failed and left its run open.
             mlflow.start_run(run_name=run_name)
             mlflow.log_params(
                 {f"{section}.{key}": value for section, of in settings.items() for key, value in of.items()}
@@ -237,18 +233,18 @@ class MLflow:
             return
         try:
             action()
-        except Exception as error:  # no night is lost for a curve
+        except Exception as error:  # A curve must never end a night.
             self._works = False
             print(f"MLflow gets nothing more of this run: {type(error).__name__}: {error}", flush=True)
 
 
 def wants_mlflow() -> bool:
-    """Is the variable set?"""
+    """Is MLFLOW_TRACKING_URI set?"""
     return bool(os.environ.get(MLFLOW_VARIABLE))
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a large matrix product on this device with its threads."""
+    """Operations per second of a large matrix product on this device, with the threads that torch has now."""
     size = 1024 if device.type == "cpu" else 8192
     factor = torch.randn(size, size, device=device, dtype=dtype)
 
