@@ -37,27 +37,10 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The model and its rivals on the sets of Amazon, and one table of all in README.md. Hours; what is done is skipped.
-# MODEL: settings of the model besides jobs/amazon.yaml, such as another budget, "--training.num_steps 100000".
-SETS ?= beauty toys sports
-MODEL ?=
-# The same models once more, not allowed to show a user's history.
-MASKED_DATE ?= 2026-11-24
-RIVALS := "--baseline.kind popularity" "--baseline.kind neighbours" "--config jobs/sasrec.yaml" \
-  "--config jobs/sasrec.yaml --baseline.index hnsw" "--config jobs/sasrec.yaml --sasrec.loss binary"
-
+# The model and its rivals on the sets of Amazon, and one table of all. Hours; finished stages are skipped.
+# MODEL: settings of the nights besides jobs/amazon.yaml, such as another budget, "--training.num_steps 100000".
 results: .venv/studies
-	set -e; for set in $(SETS); do for date in $(DATE) $(MASKED_DATE); do \
-	  with="--config jobs/amazon.yaml --date $$date --storage.root data/amazon/$$set"; \
-	  test $$date = $(DATE) || with="$$with --evaluation.exclude_history true"; \
-	  with="$$with --catalog.uri $(TIGER_DATA)/$$set/items.parquet"; \
-	  with="$$with --events.uri $(TIGER_DATA)/$$set/interactions.parquet"; \
-	  test ! -e jobs/$$set.yaml || with="$$with --config jobs/$$set.yaml"; \
-	  $(BIN)/python jobs/nightly.py $$with $(MODEL); \
-	  for rival in $(RIVALS); do $(BIN)/python jobs/baseline.py $$with $$rival; done; \
-	done; done
-	$(BIN)/python jobs/compare.py --date $(DATE) --markdown README.md --json data/amazon/results.json \
-	  $(foreach set,$(SETS),$(set)=data/amazon/$(set) "$(set) masked=data/amazon/$(set)@$(MASKED_DATE)")
+	$(BIN)/python jobs/studies/run.py jobs/studies/amazon.yaml --data "$(TIGER_DATA)" -- $(MODEL)
 
 clean:
 	rm -rf demo .venv
