@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from transformers import T5ForConditionalGeneration
 
 from tests.hugging_face import LevelSoftmax, generate
@@ -270,6 +271,14 @@ def test_the_card_names_what_the_model_was_made_from_and_how_good_it_is(night, e
     card = (exported / "README.md").read_text()
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["library_name"] == "transformers"
+    loaded = ModelCard.load(exported / "README.md")
+    measured = {
+        f"{name}@{k}": round(night["evaluation"].metadata["model"][f"{name}@{k}"], 4)
+        for name in ("recall", "ndcg")
+        for k in (5, 10)
+    }
+    assert {result.metric_type: result.metric_value for result in loaded.data.eval_results} == measured
+    assert {result.dataset_revision for result in loaded.data.eval_results} == {night["sequences"].digest}
     for manifest in (night["model"], night["semantic_ids"], night["sequences"]):
         assert manifest.digest in card
     assert night["model"].metadata["space"] in card

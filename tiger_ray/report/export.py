@@ -1,9 +1,9 @@
 """A published model -> a folder in the layout of Hugging Face, which transformers reads without tiger_ray.
 
     model.safetensors, config.json   T5ForConditionalGeneration, with tiger_ray's own settings inside
-    generation_config.json           as many new tokens as a Semantic ID has
-    semantic_ids.parquet             item_id, token_ids, eligible: to write histories, and to read items back
-    README.md                        the model card: how to use it, what it was made from, how good it is
+    generation_config.json           makes `generate` write exactly as many tokens as a Semantic ID has
+    semantic_ids.parquet             item_id, token_ids, eligible: translates items to tokens and back
+    README.md                        the model card: how to use the model, its data, settings and metrics
 
 N items of a row group, I id_length.
 """
@@ -18,6 +18,7 @@ from string import Template
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from tiger_ray.artifacts import schemas
 from tiger_ray.artifacts.files import MODEL_FILES
@@ -42,16 +43,16 @@ def run(settings: Settings, storage: Storage, model: Manifest, semantic_ids: Man
     """Write the model and its Semantic IDs into the folder `export.to`, all or nothing.
 
     Args:
-        settings: `export.to` and the night.
-        storage: where the artifacts live.
-        model: checked as for scoring, and copied byte by byte.
-        semantic_ids: of the same ID space; decides which items are eligible.
+        settings: `export.to`, and the date of the night.
+        storage: root of the artifacts.
+        model: artifact to export; its files are checked as for scoring and copied byte by byte.
+        semantic_ids: artifact of the same ID space; decides which items are eligible.
 
     Returns:
         The folder.
 
     Raises:
-        SettingsError: `export.to` is no local folder, or holds something already.
+        SettingsError: `export.to` is not a local folder, or is not empty.
         ArtifactError: a file is missing or damaged, or the model was trained on another ID space.
         StorageError: the folder cannot be written.
     """
@@ -68,7 +69,7 @@ def run(settings: Settings, storage: Storage, model: Manifest, semantic_ids: Man
             (unfinished / "generation_config.json").write_text(generation_config(network.vocabulary))
             write_semantic_ids(unfinished / "semantic_ids.parquet", ids, network.vocabulary)
             card = model_card(network, model, semantic_ids, evaluation_of(storage, settings, model))
-            (unfinished / "README.md").write_text(card, encoding="utf-8")
+            card.save(unfinished / "README.md")
             unfinished.rename(folder)
     except OSError as error:
         raise StorageError(f"cannot write the folder {folder} of export.to: {error}") from None
@@ -76,10 +77,10 @@ def run(settings: Settings, storage: Storage, model: Manifest, semantic_ids: Man
 
 
 def empty_folder(to: str | None) -> Path:
-    """The local folder that may be written, which does not exist or is empty.
+    """The local folder `export.to`, if it is empty or does not exist yet.
 
     Raises:
-        SettingsError: it is none.
+        SettingsError: `export.to` is missing, is not a local folder, or is not empty.
     """
     if to is None:
         raise SettingsError("export.to is required here: the folder to write, as --export.to FOLDER")
@@ -93,7 +94,7 @@ def empty_folder(to: str | None) -> Path:
 
 
 def generation_config(vocabulary: Vocabulary) -> str:
-    """`generation_config.json`: every Semantic ID is equally long, and no token ends it."""
+    """`generation_config.json`: every Semantic ID has the same length, so no token marks its end."""
     config = {
         "decoder_start_token_id": PAD,
         "pad_token_id": PAD,
@@ -105,7 +106,13 @@ def generation_config(vocabulary: Vocabulary) -> str:
 
 
 def write_semantic_ids(path: Path, ids: SemanticIds, vocabulary: Vocabulary) -> None:
-    """Every item ever registered, in the order of item_index, see `schemas.exported_semantic_ids`."""
+    """Write every item ever registered, in the order of item_index.
+
+    Args:
+        path: Parquet file to write; its columns are those of `schemas.exported_semantic_ids`.
+        ids: item ids, codes and eligibility of all items.
+        vocabulary: turns codes into tokens.
+    """
     schema = schemas.exported_semantic_ids(ids.item_id.type)
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for first in range(0, len(ids), ROWS_PER_GROUP):
@@ -156,36 +163,30 @@ class LevelSoftmax(LogitsProcessor):
 ''')
 
 
-CARD = Template("""---
-library_name: transformers
-tags:
-- tiger
-- generative-retrieval
-- recommendation
-- semantic-ids
-- t5
+CARD = """---
+{{ card_data }}
 ---
 
-# TIGER, a generative recommender, of $date
+# TIGER, a generative recommender, of {{ date }}
 
-A T5 encoder-decoder that reads the Semantic IDs of the items a user had, oldest first, and writes the Semantic ID of the next one
+A T5 encoder-decoder. It reads the Semantic IDs of a user's items, oldest first, and writes the Semantic ID of the next item
 (*Recommender Systems with Generative Retrieval*, [arXiv 2305.05065](https://arxiv.org/abs/2305.05065)). Trained by tiger_ray
-$version; it knows this catalog's items only, by `semantic_ids.parquet`, and has no tokenizer.
+{{ version }}. The model knows only the items of `semantic_ids.parquet`, and has no tokenizer.
 
 ## Use
 
 ```python
-$snippet```
+{{ snippet }}```
 
-- An item is $id_length tokens; the levels have $levels codewords. Token 0 is padding and starts the decoder.
-- A codeword's probability is among all tokens$among.
-- Histories of several users: 0 behind the shorter ones, and an `attention_mask` that leaves it out.
-- $user
-- `eligible`: might the item be recommended on $date? The others occur in histories only.
+- An item is {{ id_length }} tokens; the levels have {{ levels }} codewords. Token 0 is padding and starts the decoder.
+- A codeword's probability is among all tokens{{ among }}.
+- To read several users at once, put 0 behind the shorter histories and leave it out by an `attention_mask`.
+- {{ user }}
+- `eligible` says whether the item might be recommended on {{ date }}. All other items occur in histories only.
 
 ## Metrics
 
-$metrics
+{{ metrics }}
 
 ## Data
 
@@ -193,26 +194,35 @@ SHA-256 of the content of each artifact, as in the `inputs` of the manifests of 
 
 | | |
 |---|---|
-$data
+{{ data }}
 
 ## Settings
 
-Training: $summary; seed $seed.
+Training: {{ summary }}; seed {{ seed }}.
 
 ```json
-$settings
+{{ settings }}
 ```
 
 ## Software
 
-$software
-""")
+{{ software }}
+
+"""
+"""Template of jinja2 for `huggingface_hub.ModelCard`."""
 
 
 def model_card(
     network: TigerModel, model: Manifest, semantic_ids: Manifest, evaluation: Manifest | None
-) -> str:
-    """`README.md`: what the model is, how to use it, what it was made from, and how good it is."""
+) -> ModelCard:
+    """`README.md`: what the model is, how to use it, its data and settings, and its metrics.
+
+    Args:
+        network: the loaded model.
+        model: manifest of the model.
+        semantic_ids: manifest of the Semantic IDs in the same folder.
+        evaluation: manifest of the evaluation of this very model; None: the card says that there is none.
+    """
     vocabulary, own = network.vocabulary, network.settings
     data = {
         "model": model.digest,
@@ -227,7 +237,14 @@ def model_card(
             f"A history begins with the token of the user's bucket, {vocabulary.user_offset} + hash modulo "
             f"{vocabulary.num_user_buckets}; ids are text or int64, as in the events."
         )
-    return CARD.substitute(
+    return ModelCard.from_template(
+        ModelCardData(
+            library_name="transformers",
+            tags=["tiger", "generative-retrieval", "recommendation", "semantic-ids", "t5"],
+            model_name=f"TIGER of {model.date}" if evaluation else None,
+            eval_results=_results(model, evaluation) if evaluation else None,
+        ),
+        template_str=CARD,
         date=model.date,
         version=model.software.get("tiger-ray", ""),
         snippet=snippet(network),
@@ -245,7 +262,7 @@ def model_card(
 
 
 def snippet(network: TigerModel) -> str:
-    """Python that recommends with transformers what `beam_search` does."""
+    """Python code that gets the items of `decoding.beam_search` from transformers alone."""
     vocabulary, own = network.vocabulary, network.settings
     levels = [
         (first, first + size) for first, size in zip(vocabulary.offsets, vocabulary.level_sizes, strict=True)
@@ -270,6 +287,24 @@ def snippet(network: TigerModel) -> str:
         user=user,
         constraint=constraint,
     )
+
+
+def _results(model: Manifest, evaluation: Manifest) -> list[EvalResult]:
+    """Recall and NDCG as metadata of the card, which the hub and its clients read."""
+    return [
+        EvalResult(
+            task_type="recommendation",
+            task_name="Next item",
+            dataset_type="tiger_ray",
+            dataset_name=f"events up to {model.date}",
+            dataset_split=evaluation.metadata["protocol"]["split"],
+            dataset_revision=model.inputs["sequences"],
+            metric_type=name,
+            metric_value=round(value, 4),
+        )
+        for name, value in evaluation.metadata["model"].items()
+        if name.startswith(("recall@", "ndcg@"))
+    ]
 
 
 def _metrics(model: Manifest, evaluation: Manifest | None) -> str:
