@@ -129,7 +129,7 @@ def test_a_date_that_is_no_day_is_refused(night):
         ("embeddings: {encoder: catalog}\n", r"catalog\.vector must name the vector column"),
         (
             "training: {global_batch_size: 3, num_workers: 4}\n",
-            r"global_batch_size is 3, so that some of the 4 workers of training\.num_workers would have no",
+            r"global_batch_size is 3 and training\.num_workers is 4: some workers would have no example; raise",
         ),
         (
             "training: {patience: 3, holdout: none}\n",
@@ -171,7 +171,7 @@ def test_a_date_that_is_no_day_is_refused(night):
         (
             "events: {uri: /e, timestamp_unit: position}\n"
             "sequences: {validation_from: 2014-03-01, test_from: 2014-04-01}\n",
-            r"are moments, but events\.timestamp_unit is 'position': .* nothing of when they were\. Name a column",
+            r"are times, but events\.timestamp_unit is 'position', .* holds no times\. Name a column with times",
         ),
     ],
 )

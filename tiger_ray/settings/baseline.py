@@ -8,9 +8,11 @@ from tiger_ray.settings.base import Section
 
 
 class BaselineSettings(Section):
-    """What jobs/baseline.py evaluates beside the model of the night; read by nothing else."""
+    """The baseline that jobs/baseline.py evaluates beside the model of the night."""
 
     kind: Literal["popularity", "neighbours", "sasrec"] = "sasrec"
-    """Most popular items; nearest neighbours of the last item by content embedding; SASRec."""
+    """`popularity`: the most frequent items; `neighbours`: items whose embedding is nearest to that of the last item;
+    `sasrec`: the model of section `sasrec`."""
     index: Literal["exact", "ivf", "hnsw"] = "exact"
-    """How `sasrec` finds items: by comparing with all, or by an index of FAISS (extra `studies`)."""
+    """How `sasrec` finds items: `exact` compares with all items, `ivf` and `hnsw` use an index of FAISS (extra
+    `studies`)."""

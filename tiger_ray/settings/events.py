@@ -1,4 +1,4 @@
-"""Section `events`: where events come from, and which columns say what."""
+"""Section `events`: where the events are, and what each column means."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ class EventsSettings(Section):
     timestamp: str = "timestamp"
     """Column with the time of the event."""
     timestamp_unit: Literal["s", "ms", "us", "ns", "position"] | None = None
-    """Unit of an integer timestamp column, required there; `position` is an order without a clock."""
+    """Unit of the timestamp, required if the column holds integers; `position`: an order of one user's events, not a
+    time."""
     event_type: str | None = None
-    """Column with the kind of event, if only some kinds count."""
+    """Column with the kind of event. Empty: every event counts."""
     event_types: tuple[str, ...] = ()
     """Kinds of event that count; required with `event_type`."""
     ties: Literal["item_id", "shuffled", "column"] = "item_id"
-    """Order of one user's events with equal timestamps: by item id, by a hash of it with the seed, or by the
-    column `tie`. It decides the order only: an event of the same user, item and timestamp still counts once."""
+    """Order of one user's events with equal timestamps: by item id, by a hash of item id and seed, or by the
+    column `tie`. Events of the same user, item and timestamp count once in any case."""
     tie: str | None = None
-    """Integer column, smallest first, for example the place of the event in the log; required by `ties: column`.
-    The item id decides what is equal in it too."""
+    """Integer column for `ties: column`, smallest first, for example the position of the event in the log. Where
+    it is equal too, the item id decides."""
     max_unknown_share: Share = 0.05
-    """Share of events whose item is not in the catalog above which the events are refused."""
+    """Refuse the events if the item of a larger share of them is not in the catalog."""
     max_null_share: Share = 0.01
-    """Share of events with a null user, item or timestamp above which the events are refused."""
+    """Refuse the events if the user, item or timestamp of a larger share of them is null."""
 
     @model_validator(mode="after")
     def _event_types_belong_together(self) -> EventsSettings:
@@ -49,7 +50,7 @@ class EventsSettings(Section):
             raise ValueError("events.ties is 'column', so events.tie must name the column")
         if self.ties != "column" and self.tie is not None:
             raise ValueError(
-                f"events.tie names the column {self.tie!r}, but events.ties is {self.ties!r} and would not read it; "
+                f"events.tie names the column {self.tie!r}, but events.ties is {self.ties!r} and does not read it; "
                 "set events.ties to 'column', or leave events.tie out"
             )
         if self.tie == self.timestamp:

@@ -9,4 +9,4 @@ class ExportSettings(Section):
     """The model as a folder for other tools."""
 
     to: str | None = operational(None)
-    """Local folder to write, new or empty; required by jobs/export_model.py, and read by nothing else."""
+    """Local folder to write, new or empty; required by jobs/export_model.py."""

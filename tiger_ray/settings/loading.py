@@ -1,4 +1,4 @@
-"""Settings from YAML files, environment variables and flags; the later source wins."""
+"""Settings from YAML files, the environment variables that the files name, and flags; the later source wins."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tiger_ray.settings.settings import Settings
 
 
 def setting_names(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all settings, `date` and `storage.root` among them."""
+    """Dotted names of all settings, for example `date` and `storage.root`."""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from setting_names(field.annotation, f"{prefix}{name}.")
@@ -31,11 +31,11 @@ def load_settings(argv: Sequence[str], *, prog: str | None = None) -> Settings:
     """Settings from `--config FILE.yaml` (repeatable, later files win) and `--section.name value`.
 
     Args:
-        argv: command-line words without the program's name.
-        prog: program name shown by `--help`.
+        argv: words of the command line, without the program's name.
+        prog: program name that `--help` shows.
 
     Raises:
-        SettingsError: unknown key, wrong type or contradiction; the text names file, key and remedy.
+        SettingsError: unknown key, wrong type or contradiction; the message names file, key and remedy.
     """
     files, words = _split_config_files(argv)
     values: dict[str, Any] = {}
@@ -78,14 +78,14 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         raise SettingsError(f"cannot read settings file {file}: {error.strerror}") from None
     try:
         values = _Loader(text).get_single_data() or {}
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a day like 2014-02-30
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a day like 2014-02-30.
         hint = "; within braces or brackets, '${NAME}' needs its quotes" if "${" in text else ""
         raise SettingsError(f"settings file {file} is not YAML: {error}{hint}") from None
     if not isinstance(values, dict):
         raise SettingsError(
             f"settings file {file} must hold sections like `storage:`, not a {type(values).__name__}"
         )
-    if isinstance(values.get("date"), calendar_date):  # YAML reads 2026-11-23 as a day by itself
+    if isinstance(values.get("date"), calendar_date):  # PyYAML turns 2026-11-23 into a date.
         values["date"] = values["date"].isoformat()
     expanded: dict[str, Any] = _expanded(values, file)
     return expanded
@@ -108,12 +108,12 @@ class _Loader(yaml.SafeLoader):
 
 
 def _expanded(value: Any, file: Path) -> Any:
-    """Text with `${NAME}` filled from the environment, in what YAML has read."""
+    """The value with each `${NAME}` in its texts replaced by that environment variable."""
 
     def variable(match: re.Match[str]) -> str:
         if match[1] not in os.environ:
             raise SettingsError(
-                f"settings file {file} uses ${{{match[1]}}}, and that environment variable is not set"
+                f"settings file {file} uses ${{{match[1]}}}, but that environment variable is not set"
             )
         return os.environ[match[1]]
 

@@ -13,7 +13,7 @@ class ModelSettings(Section):
     """T5-style encoder-decoder over Semantic-ID tokens (defaults: the paper's, section 4)."""
 
     num_layers: Count = 4
-    """Layers of the encoder, and again of the decoder."""
+    """Layers of the encoder; the decoder has as many."""
     d_model: Count = 128
     """Width of the residual stream."""
     num_heads: Count = 6
@@ -25,12 +25,12 @@ class ModelSettings(Section):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Share of activations dropped in training."""
     tie_embeddings: bool = True
-    """Use the token embedding as the output layer too (T5 1.0)."""
+    """Use the token embedding as the output layer too, as T5 1.0 does."""
     softmax: Literal["vocabulary", "level"] = "vocabulary"
-    """What a codeword's probability is a share of: all tokens (the paper's, and Hugging Face's), or the codewords
-    of its level, which costs one product of that level instead of the whole vocabulary."""
+    """Tokens that a softmax covers: the whole `vocabulary`, as in the paper and in Hugging Face's T5, or the codewords
+    of one `level`, which is cheaper: one matrix product with that level instead of the whole vocabulary."""
     num_user_buckets: CountOrZero = 0
-    """Hash buckets for user tokens (paper: 2000, for a gain that open reproductions do not find); 0: none,
-    and the endpoint can then serve histories of nobody in particular."""
+    """Hash buckets for user tokens. The paper has 2000, but open reproductions find no gain. 0: no user token, so the
+    endpoint can serve a history without a user id."""
     max_history: Count = 20
     """Most recent items of a history that the model reads."""

@@ -1,4 +1,4 @@
-"""Section `quantizer`: how embeddings become codewords."""
+"""Section `quantizer`: how embeddings are turned into codewords."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ class QuantizerSettings(WorkerGroup):
     """Embeddings to codewords. A change here starts a new ID space and needs a new model."""
 
     kind: Literal["rqvae", "residual_kmeans", "lsh", "random", "flat"] = "residual_kmeans"
-    """How codewords are made. `lsh` (hyperplanes), `random` (hash of the item id) and `flat` (no codewords:
-    each item is one token) are the controls of the paper; they learn nothing."""
+    """Method. `lsh` (hyperplanes), `random` (hash of the item id) and `flat` (no codewords: each item is one token)
+    are the controls of the paper; they learn nothing."""
     level_sizes: Annotated[tuple[LevelSize, ...], Field(min_length=1, max_length=8)] = (256, 256, 256)
-    """Codewords of each learned level; the stored Semantic ID is one longer. Not read by `flat`."""
+    """Codewords of each learned level; a Semantic ID has one more codeword. Not read by `flat`."""
     sample_size: Count | None = 262_144
-    """Items the codebooks are learned from, about so many; all items are encoded. 1,024 per codeword is plenty
-    for k-means. Empty: all."""
+    """Learn the codebooks from about this number of items; all items get codewords. 1,024 items per codeword are
+    plenty for k-means. Empty: all items."""
     validation_share: Share = 0.05
-    """Share of the items that the codebooks are not learned from: they tell when `rqvae` is done, and how
-    well items nobody has seen will fit."""
+    """Share of the items that the codebooks are not learned from. These items tell when `rqvae` is done, and how
+    well new items will fit."""
     num_iterations: Count = 30
     """Lloyd steps per level (`residual_kmeans`)."""
     latent_dim: Count = 32
-    """Width of the space that codewords live in: the encoder's output (`rqvae`), or so many principal components
-    (`residual_kmeans`). Fewer of them make more items unique and keep less of the content."""
+    """Width of the codewords: the encoder's output (`rqvae`) or the number of principal components
+    (`residual_kmeans`). A smaller width makes more items unique and keeps less of the content."""
     hidden_dims: tuple[Count, ...] = (512, 256, 128)
     """Widths of the encoder's hidden layers, mirrored in the decoder (`rqvae`)."""
     num_epochs: Count = 1000
@@ -42,9 +42,9 @@ class QuantizerSettings(WorkerGroup):
     commitment_weight: Positive = 0.25
     """Weight of the commitment loss, beta in the paper (`rqvae`)."""
     version: Count = 1
-    """Raise by one to fit a new quantizer on today's catalog; otherwise the published one is kept for good."""
+    """Raise by one to fit a new quantizer on today's catalog; otherwise every night keeps the published quantizer."""
     memory_mb_per_worker: Count = operational(2048)
-    """MiB of embeddings that a worker keeps; what is beyond is read from storage again on each pass."""
+    """MiB of embeddings that a worker keeps in memory; further embeddings are read from storage again on each pass."""
 
     @model_validator(mode="after")
     def _levels_fit(self) -> QuantizerSettings:

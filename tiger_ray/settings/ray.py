@@ -8,11 +8,11 @@ from tiger_ray.settings.base import Count, Section, operational
 
 
 class RaySettings(Section):
-    """The Ray cluster a job runs on."""
+    """The Ray cluster of a job."""
 
     address: str | None = operational(None)
-    """Address of a running cluster; empty: the cluster of `ray job submit` if there is one, else a local one."""
+    """Address of a running cluster. Empty: the cluster of `ray job submit`, or a local one outside of it."""
     num_cpus: Count | None = operational(None)
-    """CPUs of a local cluster that the job starts itself; empty: all of the machine."""
+    """CPUs of a local cluster that the job starts itself. Empty: all CPUs of the machine."""
     progress: Literal["auto", "on", "off"] = operational("auto")
     """Progress bars; `auto` shows them on a terminal only."""

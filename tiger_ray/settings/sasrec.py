@@ -13,7 +13,7 @@ class SasrecSettings(Section):
     """A transformer over item ids, trained by section `training` (jobs/sasrec.yaml has settings for Amazon Beauty)."""
 
     loss: Literal["softmax", "binary"] = "softmax"
-    """`softmax`: cross-entropy over all items; `binary`: the paper's, each target against one item drawn at random."""
+    """`softmax`: cross-entropy over all items; `binary`: the paper's loss, each target against one random item."""
     num_layers: Count = 2
     """Transformer layers."""
     d_model: Count = 64
@@ -27,8 +27,8 @@ class SasrecSettings(Section):
     max_history: Count = 50
     """Most recent items of a history that the model reads."""
     output_map: bool = False
-    """Another map between history and items, so that items of the history need not come first: better where they
-    are not excluded, worse where they are."""
+    """Add a linear map between the history and the items, so that the items of the history need not rank first: better
+    where the history is not excluded, worse where it is."""
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> SasrecSettings:

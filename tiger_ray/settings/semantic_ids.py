@@ -1,4 +1,4 @@
-"""Section `semantic_ids`: disambiguation, and how good Semantic IDs must be."""
+"""Section `semantic_ids`: disambiguation, and the thresholds that Semantic IDs must meet."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from tiger_ray.settings.base import Count, LevelSize, Section, Share, operationa
 
 
 class SemanticIdsSettings(Section):
-    """Codewords to unique Semantic IDs, in an append-only registry, judged before anything is trained on them."""
+    """Codewords to unique Semantic IDs in an append-only registry; bad Semantic IDs stop the night before training."""
 
     disambiguator_size: LevelSize = 256
-    """Items that may share all codewords; the last codeword of a Semantic ID counts them."""
+    """Items at most that share all learned codewords; the last codeword of a Semantic ID tells them apart."""
     min_usage: Share = operational(0.5)
-    """Stop the night if a level uses a smaller share of its codewords: the codebook has collapsed."""
+    """Stop the night if a level uses a smaller share of its codewords, since then the codebook has collapsed."""
     min_perplexity: Share = operational(0.1)
-    """Stop the night if the perplexity of a level, as a share of its size, is lower: few codewords hold most items."""
+    """Stop the night if the perplexity of a level, as a share of its size, is lower, since then few codewords hold most
+    items."""
     max_disambiguated_share: Share = operational(0.5)
     """Stop the night if more than this share of the items shares all codewords with an earlier item."""
     report_sample_size: Count = 65_536
-    """Items that reconstruction error, category purity and coverage are measured on: so many, and up to the end
-    of their catalog file."""
+    """Measure reconstruction error, category purity and coverage on this number of items, rounded up to whole
+    catalog files."""

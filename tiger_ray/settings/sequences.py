@@ -13,13 +13,13 @@ class SequencesSettings(Section):
     """Events to one history per user."""
 
     num_shards: Count = 8
-    """Files that the users are spread over; scoring works and resumes shard by shard."""
+    """Files of the histories; users are scored, and scoring resumes, file by file."""
     max_events: Annotated[int, Field(ge=3)] = 1000
-    """Most recent events of a user that are kept; bounds what one bot can cost."""
+    """Most recent events kept per user; bounds the cost of a bot."""
     validation_from: Moment | None = None
-    """Begin of the validation period of `training.holdout: time`: a day or a time, UTC if it names no other zone."""
+    """Start of the validation period of `training.holdout: time`: a day or a time, in UTC unless it names a zone."""
     test_from: Moment | None = None
-    """Begin of the test period, which ends with the events; given together with `validation_from`."""
+    """Start of the test period, which ends with the last event; given together with `validation_from`."""
 
     @model_validator(mode="after")
     def _moments_are_in_order(self) -> SequencesSettings:

@@ -19,9 +19,9 @@ class ServingSettings(Section):
     num_replicas: Count = operational(1)
     """Decoder replicas."""
     max_batch_size: Count = operational(32)
-    """Requests decoded at once."""
+    """Requests decoded in one batch."""
     batch_wait_s: Annotated[float, Field(ge=0.0)] = operational(0.01)
-    """Seconds a request may wait for others."""
+    """Seconds a request may wait for others of its batch."""
     max_k: Count = operational(20)
     """Most items a request may ask for; at most `decoding.beam_width`."""
     max_history: Count = operational(1000)
@@ -29,4 +29,4 @@ class ServingSettings(Section):
     max_queued_requests: Count = operational(64)
     """Requests waiting per replica before the endpoint answers 503."""
     request_timeout_s: Positive = operational(2.0)
-    """Seconds after which a request is given up."""
+    """Seconds after which the endpoint gives up a request."""

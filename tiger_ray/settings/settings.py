@@ -40,9 +40,9 @@ class Settings(BaseSettings):
     )
 
     date: str
-    """The night, YYYY-MM-DD; it names what is published and is never read from a clock."""
+    """The night, YYYY-MM-DD; it names the published artifacts and never comes from a clock."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of everything random; the quantizer keeps the one that it was fitted with."""
+    """Seed of all random numbers; a quantizer keeps the seed of its fit."""
     storage: StorageSettings
     ray: RaySettings = RaySettings()
     catalog: CatalogSettings
@@ -79,8 +79,8 @@ class Settings(BaseSettings):
         training = self.training
         if training.global_batch_size < training.num_workers:
             raise ValueError(
-                f"training.global_batch_size is {training.global_batch_size}, so that some of the "
-                f"{training.num_workers} workers of training.num_workers would have no example"
+                f"training.global_batch_size is {training.global_batch_size} and training.num_workers is "
+                f"{training.num_workers}: some workers would have no example; raise the one or lower the other"
             )
         if training.patience and (not training.validation_users or training.holdout == "none"):
             raise ValueError(
@@ -94,9 +94,9 @@ class Settings(BaseSettings):
             )
         if self.sequences.validation_from is not None and self.events.timestamp_unit == "position":
             raise ValueError(
-                "sequences.validation_from and sequences.test_from are moments, but events.timestamp_unit is "
-                "'position': a position orders the events of one user and says nothing of when they were. Name a "
-                "column with times in events.timestamp; the positions can still decide ties (events.ties 'column')"
+                "sequences.validation_from and sequences.test_from are times, but events.timestamp_unit is "
+                "'position', which orders the events of one user and holds no times. Name a column with times in "
+                "events.timestamp; the positions can still decide ties (events.ties 'column')"
             )
         return self
 
@@ -108,7 +108,7 @@ class Settings(BaseSettings):
         *_: PydanticBaseSettingsSource,
         **__: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """YAML and command line only: an environment variable must not change a night unseen."""
+        """Read YAML files and the command line only: an environment variable must not change a night unnoticed."""
         return (init_settings,)
 
     def resolved(self) -> dict[str, Any]:

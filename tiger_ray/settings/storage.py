@@ -1,4 +1,4 @@
-"""Section `storage`: where artifacts lie, and how patient a job is with the store."""
+"""Section `storage`: where artifacts are published, and how long a job keeps trying."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ class StorageSettings(Section):
     """Where artifacts are published."""
 
     root: str = Field(min_length=1)
-    """Folder or `s3://bucket/prefix` under which every artifact lives; all nodes must reach it."""
+    """Folder or `s3://bucket/prefix` of all artifacts; every node must reach it."""
     replace: bool = operational(False)
-    """Replace what was published for this date with other inputs or settings; otherwise that is refused."""
+    """Replace artifacts of this date that were published with other inputs or settings; otherwise the job refuses."""
     commit_deadline_s: Positive = operational(300.0)
-    """Seconds to keep trying the one request that publishes, before giving up with exit code 7."""
+    """Seconds to keep trying a request that the store does not answer. If the unanswered request publishes, the job
+    then ends with exit code 7."""
