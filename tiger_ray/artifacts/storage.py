@@ -150,6 +150,39 @@ class Storage(Objects):
         self._move_latest(published)
         return published
 
+    def point_latest(self, artifact: str, date: str) -> str | None:
+        """Make `latest.json` name this date, also an earlier one; nothing is written besides, and nothing deleted.
+
+        A reader without a date gets the artifact of this date from now on. A night that publishes the artifact for a
+        later date, or publishes that later date again, moves `latest.json` forward as always.
+
+        Args:
+            artifact: name of the artifact.
+            date: night, YYYY-MM-DD, for which the artifact is published.
+
+        Returns:
+            The date that `latest.json` named before; None if there was none, or a damaged one.
+
+        Raises:
+            ArtifactError: nothing is published for the date, or a file of what is published is missing.
+        """
+        manifest = self.resolve(artifact, date)
+        if not self.is_intact(manifest):
+            raise ArtifactError(
+                f"{self.uri(artifact)} of {date} lacks files that its manifest names, so latest.json was not moved; "
+                "`tiger-ray storage verify` names them, another date may be whole"
+            )
+        key = f"{artifact}/latest.json"
+        data = canonical_json({"date": date, "run_id": manifest.run_id})
+
+        def move() -> str | None:
+            there = self.store.get(key)
+            if there is None or there.data != data:
+                self.store.put_if(key, data, None if there is None else there.etag)
+            return None if there is None else _pointed_date(there.data) or None
+
+        return self.persist(move)
+
     # Chains
 
     def head(self, artifact: str, name: str) -> Manifest | None:
@@ -257,6 +290,11 @@ class Storage(Objects):
         self.persist(move)
 
     def latest_date(self, artifact: str) -> str | None:
+        """The date that `latest.json` of this artifact names; None before the first publication.
+
+        Raises:
+            ArtifactError: `latest.json` is damaged.
+        """
         require_name("artifact", artifact)
         stored = self.get(f"{artifact}/latest.json")
         if stored is None:

@@ -63,7 +63,7 @@ def examples_table(
     """A few users of the first shard: their last items and their recommended items, by title."""
     users = list(_examples(storage, semantic_ids, sequences, recommendations))
     wanted = {item for _, last, best in users for item in (*last, *best)}
-    titles = _titles(storage, catalog, wanted)
+    titles = titles_of(storage, catalog, wanted)
     lines = []
     for user_id, last, best in users:
         lines.append(f"user {user_id}")
@@ -99,7 +99,7 @@ def _examples(
         yield user_id, last, best[:NUM_RECOMMENDED]
 
 
-def _titles(storage: Storage, catalog: Manifest, wanted: set[Any]) -> dict[Any, str]:
+def titles_of(storage: Storage, catalog: Manifest, wanted: set[Any]) -> dict[Any, str]:
     """Titles of a few items; only the catalog files that hold them are read, one at a time."""
     if not wanted:
         return {}

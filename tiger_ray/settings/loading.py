@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date as calendar_date
 from pathlib import Path
 from typing import Any
@@ -27,18 +28,21 @@ def setting_names(model: type[BaseModel] = Settings, prefix: str = "") -> Iterat
             yield prefix + name
 
 
-def load_settings(argv: Sequence[str], *, prog: str | None = None) -> Settings:
+def load_settings(
+    argv: Sequence[str], *, prog: str | None = None, defaults: Mapping[str, Any] | None = None
+) -> Settings:
     """Settings from `--config FILE.yaml` (repeatable, later files win) and `--section.name value`.
 
     Args:
-        argv: words of the command line, without the program's name.
-        prog: program name that `--help` shows.
+        argv: command-line words without the program's name.
+        prog: program name shown by `--help`.
+        defaults: values that neither a file nor a flag gives; empty: those of the sections alone.
 
     Raises:
         SettingsError: unknown key, wrong type or contradiction; the message names file, key and remedy.
     """
     files, words = _split_config_files(argv)
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = copy.deepcopy(dict(defaults or {}))
     for file in files:
         _merge(values, _read_yaml(Path(file)))
     known = list(setting_names())

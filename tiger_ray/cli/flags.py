@@ -1,0 +1,59 @@
+"""Settings among the words of a command line: `--config FILE`, `--date DATE` and every `--section.name value`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from typer.core import TyperCommand
+
+PLAIN = ("--config", "--date", "--seed")
+"""Flags of settings that belong to no section."""
+
+
+class SettingsCommand(TyperCommand):
+    """A verb that hands on every flag which is not its own; the verb finds these words in `ctx.args`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take the settings out of the words before typer looks at the rest."""
+        parameters = [parameter for parameter in self.get_params(ctx) if parameter.param_type_name == "option"]
+        own = {name for parameter in parameters for name in parameter.opts}
+        flags = {name for parameter in parameters if getattr(parameter, "is_flag", False) for name in parameter.opts}
+        flags |= {*self.get_help_option_names(ctx)}
+        mine, settings = split_words(args, own | flags, flags)
+        for word in settings:
+            name = word.partition("=")[0]
+            if name.startswith("--") and "." not in name and name not in PLAIN:
+                near = difflib.get_close_matches(name, sorted({*own, *PLAIN}), n=1, cutoff=0.6)
+                ctx.fail(f"No such option: {name}" + (f". Did you mean {near[0]}?" if near else ""))
+        super().parse_args(ctx, mine)
+        ctx.args = settings
+        return settings
+
+
+def split_words(words: Sequence[str], own: set[str], flags: set[str]) -> tuple[list[str], list[str]]:
+    """The words of a verb itself, and the words that are settings, each in their order.
+
+    Args:
+        words: of the command line, after the verb.
+        own: options of the verb, such as `--data`.
+        flags: the options of `own` that take no value.
+    """
+    mine: list[str] = []
+    settings: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            mine += [word, *rest]
+            break
+        name, equals, _ = word.partition("=")
+        if not name.startswith("--"):
+            mine.append(word)
+            continue
+        target = mine if name in own else settings
+        target.append(word)
+        if not equals and name not in flags and rest and not rest[0].startswith("--"):
+            target.append(rest.pop(0))
+    return mine, settings
