@@ -14,7 +14,7 @@ from tiger_ray.core.hashing import shard_of, stable_hash
 from tiger_ray.data.text import clean_rows, item_text, plain_text
 from tiger_ray.errors import DataError
 from tiger_ray.settings.catalog import CatalogSettings
-from tiger_ray.stages.catalog import _require_readable
+from tiger_ray.data.catalog import require_readable
 
 
 def catalog_settings(**changed):
@@ -142,7 +142,7 @@ def test_a_column_that_cannot_be_read_is_refused_by_its_type(column, type, setti
     fields = {"title": pa.string(), "kind": pa.string(), "there": pa.bool_(), column: type}
     schema = pa.schema(list(fields.items()))
     with pytest.raises(DataError, match=rf"column '{column}' of /catalog is {re.escape(str(type))}; "):
-        _require_readable(schema, catalog_settings(**setting))
+        require_readable(schema, catalog_settings(**setting))
 
 
 def test_long_text_is_cut_by_characters_not_bytes():
@@ -166,7 +166,7 @@ def test_columns_of_text_numbers_and_lists_of_them_are_read():
         "there": pa.array([1, 0], pa.int8()),
     }
     chosen = {"text": ("title", "brand", "price"), "category": "kind", "available": "there"}
-    _require_readable(pa.table(columns).schema, catalog_settings(**chosen))
+    require_readable(pa.table(columns).schema, catalog_settings(**chosen))
     rows = clean(columns, **chosen)
     assert rows.column("text").to_pylist() == ["title: Dune; brand: Ace > Tor; price: 1.5", "title: Emma"]
     assert rows.column("category").to_pylist() == ["Novels", None]

@@ -87,8 +87,12 @@ def verify(storage: Storage, held: Iterable[Holding], *, digests: bool = False) 
                 entries |= {entry.path: (manifest, entry) for entry in manifest.files}
             damage += _wrong_sizes(storage, holding, entries)
             if digests:
-                whole = [pair for pair in entries.values() if holding.sizes.get(pair[1].path) == pair[1].bytes]
-                damage += [text for text in threads.map(lambda pair: _other_digest(storage, *pair), whole) if text]
+                whole = [
+                    pair for pair in entries.values() if holding.sizes.get(pair[1].path) == pair[1].bytes
+                ]
+                damage += [
+                    text for text in threads.map(lambda pair: _other_digest(storage, *pair), whole) if text
+                ]
             files += len(entries)
             total += sum(entry.bytes for _, entry in entries.values())
     return Verified(files, total, tuple(damage))

@@ -83,6 +83,11 @@ class LocalStore:
             (self.folder / key).unlink(missing_ok=True)
             (self.folder / f".{key}.lock").unlink(missing_ok=True)
 
+    def clock(self) -> float:
+        path = self.folder / "clock"
+        with _os_errors("write", path), _temporary_file(path, b"") as temporary:
+            return temporary.stat().st_mtime
+
 
 def _files_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
     """All files, also those of linked folders, but not a second time where a link leads back."""

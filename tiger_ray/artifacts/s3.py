@@ -85,6 +85,14 @@ class S3Store:
         with self._errors("DeleteObject", key):
             self._client.delete_object(Bucket=self.bucket, Key=self._key(key))
 
+    def clock(self) -> float:
+        with self._errors("ListBucket", ""):
+            answer = self._client.list_objects_v2(Bucket=self.bucket, MaxKeys=1)
+        date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+        if date is None:
+            raise StorageError(f"the store of s3://{self.bucket} does not say what time it is (header Date)")
+        return email.utils.parsedate_to_datetime(date).timestamp()
+
     @contextmanager
     def _errors(self, operation: str, key: str) -> Iterator[None]:
         """Translate what boto3 and pyarrow raise."""

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -64,6 +65,20 @@ class Storage(Objects):
         """
         store = open_store(self.root, _CHECK_TIMEOUT_S)
         persist(lambda: _probe(store, self.root), _CHECK_DEADLINE_S)
+
+    def clock_offset_s(self, now: Callable[[], float] = time.time) -> float:
+        """Seconds by which this machine's clock is ahead of the store's; S3 tells whole seconds.
+
+        Args:
+            now: this machine's clock, seconds since 1970.
+
+        Raises:
+            StorageError: within about 10 s; the store cannot be reached or read.
+        """
+        store = open_store(self.root, _CHECK_TIMEOUT_S)
+        before = now()
+        theirs = persist(store.clock, _CHECK_DEADLINE_S)
+        return (before + now()) / 2 - theirs
 
     def begin(self, artifact: str, fingerprint: str) -> Run:
         """Claim the run that computes this fingerprint, or continue the one that an earlier job left."""

@@ -119,3 +119,6 @@ class Store(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove a probe."""
+
+    def clock(self) -> float:
+        """Seconds since 1970 by the clock of the store."""

@@ -38,7 +38,9 @@ def compare(
         raise SettingsError(f"--reference {reference!r} is none of {', '.join(comparison.LABELS)}")
     if page is not None:
         _split(page)
-    published = list(csv.DictReader(files("tiger_ray.report").joinpath("published.csv").open(encoding="utf-8")))
+    published = list(
+        csv.DictReader(files("tiger_ray.report").joinpath("published.csv").open(encoding="utf-8"))
+    )
     rows = {}
     for pair in roots:
         name, _, root = pair.partition("=")
@@ -72,7 +74,7 @@ def _write_between(page: Path, tables: Mapping[str, str]) -> None:
     before, between, after = _split(page)
     _, *there = re.split(r"^\*\*(.+)\*\*$", between, flags=re.MULTILINE)
     kept = dict(zip(there[::2], map(str.strip, there[1::2]), strict=True))
-    page.write_text(f"{before}{BEGIN}\n\n{_joined(kept | tables)}\n\n{END}{after}", encoding="utf-8")
+    page.write_text(f"{before}{BEGIN}\n\n{_joined(kept | dict(tables))}\n\n{END}{after}", encoding="utf-8")
 
 
 def _split(page: Path) -> tuple[str, str, str]:

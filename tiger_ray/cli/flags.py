@@ -17,9 +17,16 @@ class SettingsCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Take the settings out of the words before typer looks at the rest."""
-        parameters = [parameter for parameter in self.get_params(ctx) if parameter.param_type_name == "option"]
+        parameters = [
+            parameter for parameter in self.get_params(ctx) if parameter.param_type_name == "option"
+        ]
         own = {name for parameter in parameters for name in parameter.opts}
-        flags = {name for parameter in parameters if getattr(parameter, "is_flag", False) for name in parameter.opts}
+        flags = {
+            name
+            for parameter in parameters
+            if getattr(parameter, "is_flag", False)
+            for name in parameter.opts
+        }
         flags |= {*self.get_help_option_names(ctx)}
         mine, settings = split_words(args, own | flags, flags)
         for word in settings:

@@ -86,9 +86,7 @@ def open_night(words: Sequence[str], *, prog: str | None = None) -> tuple[Settin
     return settings, storage
 
 
-def open_storage(
-    words: Sequence[str], defaults: Mapping[str, Any] = UNREAD
-) -> tuple[Settings, Storage]:
+def open_storage(words: Sequence[str], defaults: Mapping[str, Any] = UNREAD) -> tuple[Settings, Storage]:
     """The settings of these words, and the store that they name, for a verb that only looks.
 
     Args:

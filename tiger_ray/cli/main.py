@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -30,7 +30,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-show = typer.Typer(help="Look at a user, an item or a night of what is published; starts no Ray.", no_args_is_help=True)
+show = typer.Typer(
+    help="Look at a user, an item or a night of what is published; starts no Ray.", no_args_is_help=True
+)
 storage = typer.Typer(
     help="List, verify or set back what is published; deletes nothing, starts no Ray.", no_args_is_help=True
 )
@@ -78,7 +80,8 @@ def check(
 
 @show.command("user", cls=SettingsCommand, epilog=EPILOG)
 def show_user(
-    context: Context, user: Annotated[str, typer.Argument(metavar="ID", help="Id of the user, as in the events.")]
+    context: Context,
+    user: Annotated[str, typer.Argument(metavar="ID", help="Id of the user, as in the events.")],
 ) -> None:
     """Show the history of a user with titles, the recommended list with scores, sources and Semantic IDs, and what
     was left out and why.
@@ -92,7 +95,8 @@ def show_user(
 
 @show.command("item", cls=SettingsCommand, epilog=EPILOG)
 def show_item(
-    context: Context, item: Annotated[str, typer.Argument(metavar="ID", help="Id of the item, as in the catalog.")]
+    context: Context,
+    item: Annotated[str, typer.Argument(metavar="ID", help="Id of the item, as in the catalog.")],
 ) -> None:
     """Show the Semantic ID of an item, the items that share its first codes, whether the item may be recommended and
     to how many users it is.
@@ -129,7 +133,9 @@ def compare(
     reference: Annotated[
         str, typer.Option(help="Artifact that is paired with all others.")
     ] = "evaluation-sasrec-softmax",
-    json: Annotated[Path | None, typer.Option(help="File for every value; other data sets in the file stay.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="File for every value; other data sets in the file stay.")
+    ] = None,
     markdown: Annotated[
         Path | None,
         typer.Option(
@@ -158,7 +164,11 @@ def export(context: Context) -> None:
         settings, store = open_night(context.args)
         from tiger_ray.report import export as report
 
-        print(report.run(settings, store, *(store.resolve(name, settings.date) for name in ("model", "semantic_ids"))))
+        print(
+            report.run(
+                settings, store, *(store.resolve(name, settings.date) for name in ("model", "semantic_ids"))
+            )
+        )
 
     _end(act)
 
@@ -222,7 +232,9 @@ def storage_ls(context: Context) -> None:
 def storage_verify(
     context: Context,
     artifact: Annotated[str | None, typer.Argument(help="Only this artifact.", show_default="all")] = None,
-    digests: Annotated[bool, typer.Option("--digests", help="Read every file and compare its SHA-256.")] = False,
+    digests: Annotated[
+        bool, typer.Option("--digests", help="Read every file and compare its SHA-256.")
+    ] = False,
 ) -> None:
     """Verify that every file of every published manifest is there with its size; exit code 3 names what is damaged.
 

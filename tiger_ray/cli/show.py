@@ -88,7 +88,12 @@ def show_user(words: Sequence[str], user: str) -> None:
         f"history, oldest first ({len(history):,} events{f', the last {len(shown)} shown' if first else ''})",
         ("event", "item", "title", "note"),
         [
-            (first + place + 1, item, titles.get(item, ""), "not recommendable" if item in unavailable else "")
+            (
+                first + place + 1,
+                item,
+                titles.get(item, ""),
+                "not recommendable" if item in unavailable else "",
+            )
             for place, item in enumerate(shown)
         ],
         right=("event",),
@@ -159,7 +164,9 @@ def _notes(
         notes.append("the history is empty: every event of this user names an item that the catalog lacks")
     max_events = sequences.settings["sequences"]["max_events"]
     if len(history) == max_events:
-        notes.append(f"older events may have been left out: sequences.max_events keeps {max_events:,} per user")
+        notes.append(
+            f"older events may have been left out: sequences.max_events keeps {max_events:,} per user"
+        )
     if unavailable:
         notes.append(
             f"{len(unavailable):,} items of the history may not be recommended tonight: catalog.available is false, or "
@@ -232,7 +239,9 @@ def show_item(words: Sequence[str], item: str) -> None:
     ]
     if recommendations is not None:
         users, firsts = _times_recommended(night.storage, recommendations, key)
-        facts.append(("recommended", f"to {users:,} of {_num_users(recommendations):,} users, first to {firsts:,}"))
+        facts.append(
+            ("recommended", f"to {users:,} of {_num_users(recommendations):,} users, first to {firsts:,}")
+        )
     print(f"item {item}, night {night.date}\n")
     show_table("", ("", ""), facts)
     print()

@@ -82,7 +82,9 @@ def roll_back(words: Sequence[str], date: str, artifact: str) -> None:
 def _require_some(storage: Storage, artifact: str | None = None) -> list[Holding]:
     found = holdings(storage)
     if not found:
-        raise ArtifactError(f"no artifact lies below {storage.root}; correct storage.root, or run a night first")
+        raise ArtifactError(
+            f"no artifact lies below {storage.root}; correct storage.root, or run a night first"
+        )
     chosen = [each for each in found if artifact in (None, each.artifact)]
     if not chosen:
         names = ", ".join(each.artifact for each in found)

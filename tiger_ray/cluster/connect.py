@@ -42,6 +42,13 @@ def connect(settings: RaySettings) -> None:
             raise TigerError(
                 f"no Ray cluster answers at {where}: {error}. Start it, or correct ray.address (RAY_ADDRESS)"
             ) from None
+        except RuntimeError as error:
+            if "ersion mismatch" not in str(error):
+                raise
+            raise TigerError(
+                f"the Ray cluster at {settings.address or os.environ.get('RAY_ADDRESS')} runs other versions than this process "
+                f"(Ray {ray.__version__}): {' '.join(str(error).split())}. Install the cluster's versions here, or these there"
+            ) from None
         # Ray's own handler would end the process with another exit code than the job promises.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)
@@ -77,9 +84,20 @@ def require_room(ray_settings: RaySettings, sections: Mapping[str, Section]) -> 
     """
     import ray
 
-    if not is_local(ray_settings):
-        return
-    whole = ray.cluster_resources()
+    if is_local(ray_settings):
+        require_resources(ray.cluster_resources(), sections)
+
+
+def require_resources(whole: Mapping[str, float], sections: Mapping[str, Section]) -> None:
+    """Refuse workers for which these resources do not suffice.
+
+    Args:
+        whole: CPUs under `CPU` and GPUs under `GPU`.
+        sections: settings by the name of the section; sections without workers are passed over.
+
+    Raises:
+        SettingsError: names the section and both numbers.
+    """
     for name, section in sections.items():
         if isinstance(section, Workers):
             # Actors of a pool may start one by one; workers that compute together must all fit at once.

@@ -6,17 +6,24 @@ is in them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import reduce
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tiger_ray.artifacts.manifest import Manifest
 from tiger_ray.errors import DataError
 from tiger_ray.settings.events import EventsSettings
 
 TICKS_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+
+
+EARLIEST = datetime(1990, 1, 1, tzinfo=UTC).timestamp()
+
+
+LATEST = datetime(2100, 1, 1, tzinfo=UTC).timestamp()
 
 
 def wanted_rows(batch: pa.Table, settings: EventsSettings) -> pa.Table:
@@ -99,5 +106,107 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
-def _both_strings(item_id_type: pa.DataType, catalog: Manifest) -> bool:
-    return {str(item_id_type), catalog.metadata["id_type"]} <= {"string", "large_string"}
+def require_same_item_ids(found: pa.DataType, catalogs: str, settings: EventsSettings, rows: int) -> None:
+    """Refuse item ids of which none could be in the catalog.
+
+    Args:
+        found: type of the item ids in the events.
+        catalogs: name of the type of the item ids in the catalog.
+        settings: names input and column.
+        rows: of the input.
+
+    Raises:
+        DataError: one is text and the other a number.
+    """
+    if str(found) != catalogs and not {str(found), catalogs} <= {"string", "large_string"}:
+        raise DataError(
+            f"item ids are {found} in the events ({settings.uri}, column {settings.item_id!r}, {rows:,} rows) but "
+            f"{catalogs} in the catalog; no event could be matched. Write both with one type."
+        )
+
+
+def count_events(
+    batch: pa.Table, settings: EventsSettings, item_ids: pa.Array | pa.ChunkedArray | None
+) -> dict[str, Any]:
+    """Counts over some rows of the input, ready for JSON.
+
+    Args:
+        batch: wanted columns of the input.
+        settings: kinds of event that count.
+        item_ids: of the whole catalog; None: no item counts as unknown.
+    """
+    events = wanted_rows(batch, settings)
+    events.validate(full=True)  # Parquet does not promise that text is UTF-8
+    complete = events.filter(is_complete(events))
+    item_id = complete.column("item_id")
+    unknown = item_id[:0]
+    if item_ids is not None:
+        known = pc.is_in(item_id.cast(item_ids.type), value_set=item_ids)
+        unknown = item_id.filter(pc.invert(known))
+    times = pc.min_max(complete.column("timestamp")).as_py()
+    return {
+        "events": events.num_rows,
+        "unwanted_kind": batch.num_rows - events.num_rows,
+        "nulls": events.num_rows - complete.num_rows,
+        "unknown": len(unknown),
+        "unknown_examples": [str(item) for item in unknown.slice(0, 1000).unique()[:5].to_pylist()],
+        "first": times["min"],
+        "last": times["max"],
+    }
+
+
+def add_counts(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The counts of `count_events` of several tables together."""
+    parts = list(parts)
+    firsts = [part["first"] for part in parts if part["first"] is not None]
+    lasts = [part["last"] for part in parts if part["last"] is not None]
+    examples = sorted({example for part in parts for example in part["unknown_examples"]})
+    return {
+        **{
+            name: sum(part[name] for part in parts)
+            for name in ("events", "unwanted_kind", "nulls", "unknown")
+        },
+        "unknown_examples": examples[:5],
+        "first": min(firsts, default=None),
+        "last": max(lasts, default=None),
+    }
+
+
+def require_usable(counts: Mapping[str, Any], unit: str, settings: EventsSettings) -> None:
+    """Refuse events with too many nulls or unknown items, or with times that cannot be.
+
+    Args:
+        counts: of `count_events`, over all events.
+        unit: of the timestamps.
+        settings: the limits.
+
+    Raises:
+        DataError: says which limit.
+    """
+    events, where = counts["events"], settings.uri
+    if events == 0:
+        raise DataError(
+            f"none of the {counts['unwanted_kind']:,} rows of {where} is of a kind in events.event_types "
+            f"{list(settings.event_types)} (column {settings.event_type!r})"
+        )
+    if counts["nulls"] > settings.max_null_share * events:
+        named = (settings.user_id, settings.item_id, settings.timestamp, settings.tie)
+        columns = [repr(column) for column in named if column is not None]
+        raise DataError(
+            f"{counts['nulls']:,} of {events:,} events of {where} have a null in {', '.join(columns[:-1])} or {columns[-1]}; "
+            f"at most {settings.max_null_share:.1%} may (events.max_null_share)"
+        )
+    complete = events - counts["nulls"]
+    if counts["unknown"] > settings.max_unknown_share * complete:
+        raise DataError(
+            f"{counts['unknown']:,} of {complete:,} events of {where} name items that are not in the catalog, for example "
+            f"{', '.join(counts['unknown_examples'])}; at most {settings.max_unknown_share:.1%} may "
+            "(events.max_unknown_share). Is the catalog complete, and of the same day? Items that were removed from it count too"
+        )
+    if unit in TICKS_PER_SECOND and complete:
+        first, last = (counts[end] / TICKS_PER_SECOND[unit] for end in ("first", "last"))
+        if not (EARLIEST <= first and last < LATEST):
+            raise DataError(
+                f"timestamps of {where} (column {settings.timestamp!r}) run from {counts['first']} to {counts['last']}, which in "
+                f"unit {unit!r} is not between 1990 and 2100; check events.timestamp_unit, or filter such rows"
+            )
