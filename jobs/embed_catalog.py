@@ -3,7 +3,9 @@
 python jobs/embed_catalog.py --config jobs/nightly.yaml --date 2026-11-23
 """
 
-from tiger_ray.cli.night import run_stages
+import sys
+
+from tiger_ray.cli.main import main
 
 if __name__ == "__main__":
-    run_stages("catalog", "embeddings")
+    sys.exit(main(["run", "catalog", "embeddings", *sys.argv[1:]]))

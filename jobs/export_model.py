@@ -3,23 +3,9 @@
 python jobs/export_model.py --config jobs/nightly.yaml --date 2026-11-23 --export.to FOLDER
 """
 
-from __future__ import annotations
+import sys
 
-from typing import TYPE_CHECKING
-
-from tiger_ray.cli.job import run_job
-
-if TYPE_CHECKING:
-    from tiger_ray.artifacts.storage import Storage
-    from tiger_ray.settings.settings import Settings
-
-
-def main(settings: Settings, storage: Storage) -> None:
-    from tiger_ray.report import export
-
-    inputs = [storage.resolve(name, settings.date) for name in ("model", "semantic_ids")]
-    print(export.run(settings, storage, *inputs))
-
+from tiger_ray.cli.main import main
 
 if __name__ == "__main__":
-    run_job(main)
+    sys.exit(main(["export", *sys.argv[1:]]))

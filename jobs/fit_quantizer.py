@@ -3,7 +3,9 @@
 python jobs/fit_quantizer.py --config jobs/nightly.yaml --date 2026-11-23
 """
 
-from tiger_ray.cli.night import run_stages
+import sys
+
+from tiger_ray.cli.main import main
 
 if __name__ == "__main__":
-    run_stages("quantizer")
+    sys.exit(main(["run", "quantizer", *sys.argv[1:]]))

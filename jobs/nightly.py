@@ -8,7 +8,9 @@ where the last one ended. Exit codes: 0 published, 2 settings, 3 input, 4 qualit
 6 storage or cluster, 7 commit unknown (run again), 130 interrupted.
 """
 
-from tiger_ray.cli.night import run_stages
+import sys
+
+from tiger_ray.cli.main import main
 
 if __name__ == "__main__":
-    run_stages()
+    sys.exit(main(["run", *sys.argv[1:]]))

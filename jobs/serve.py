@@ -5,23 +5,9 @@
 It authenticates nobody: listen on a private network, or behind a gateway that does.
 """
 
-from __future__ import annotations
+import sys
 
-from typing import TYPE_CHECKING
-
-from tiger_ray.cli.job import run_job
-
-if TYPE_CHECKING:
-    from tiger_ray.artifacts.storage import Storage
-    from tiger_ray.settings.settings import Settings
-
-
-def main(settings: Settings, storage: Storage) -> None:
-    from tiger_ray.serving import app as serving
-
-    inputs = [storage.resolve(name, settings.date) for name in ("model", "semantic_ids", "sequences")]
-    serving.run(settings, storage, *inputs)
-
+from tiger_ray.cli.main import main
 
 if __name__ == "__main__":
-    run_job(main)
+    sys.exit(main(["serve", *sys.argv[1:]]))

@@ -20,8 +20,23 @@ The rooms, from the ground up; a room imports only from rooms above it in this l
     cli         the command line
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from tiger_ray.errors import TigerError
-from tiger_ray.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from tiger_ray.settings import Settings, load_settings
 
 __all__ = ["Settings", "TigerError", "load_settings"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # The settings take longer to import than `tiger-ray --help` may take as a whole.
+    if name in __all__:
+        from tiger_ray import settings
+
+        return getattr(settings, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

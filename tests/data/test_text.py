@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from tiger_ray.artifacts import schemas
 from tiger_ray.core.hashing import shard_of, stable_hash
+from tiger_ray.data.catalog import require_readable
 from tiger_ray.data.text import clean_rows, item_text, plain_text
 from tiger_ray.errors import DataError
 from tiger_ray.settings.catalog import CatalogSettings
-from tiger_ray.data.catalog import require_readable
 
 
 def catalog_settings(**changed):

@@ -77,7 +77,9 @@ def test_an_unknown_key_on_the_command_line_names_the_nearest_key(night, words):
 
 
 def test_a_key_like_no_other_points_to_help(night):
-    with pytest.raises(SettingsError, match=r"unknown setting --zzzzzzzzzzzz; --help lists them all"):
+    with pytest.raises(
+        SettingsError, match=r"unknown setting --zzzzzzzzzzzz; tiger-ray run --help lists them all"
+    ):
         night("", "--zzzzzzzzzzzz", "3")
 
 

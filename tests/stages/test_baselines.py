@@ -1,9 +1,7 @@
 """The model and its rivals are evaluated on the same users and targets, and one table shows them beside each other."""
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from tests.worlds import MONDAY, TUESDAY, Night, published_dates, run, tiny_sett
 from tiger_ray.artifacts import schemas
 from tiger_ray.artifacts.manifest import Manifest
 from tiger_ray.artifacts.storage import Storage
+from tiger_ray.cli.main import main
 from tiger_ray.errors import ArtifactError, DataError
 from tiger_ray.published import evaluation as published_evaluation
 from tiger_ray.published.semantic_ids import load_semantic_ids
@@ -26,7 +25,6 @@ from tiger_ray.stages import evaluation as harness
 pytestmark = pytest.mark.ray
 
 
-JOBS = Path(__file__).parents[2] / "jobs"
 KINDS = ("popularity", "neighbours", "sasrec")
 SASREC = {"d_model": 16, "d_ff": 16, "num_layers": 1, "dropout": 0.0, "max_history": 8}
 TRAINING = {"optimizer": "adamw", "learning_rate": 0.01, "num_steps": 40, "validation_users": 100}
@@ -149,21 +147,15 @@ def test_a_masked_history_is_never_shown_and_its_targets_are_counted(rivals: Riv
 
 
 def test_the_table_has_every_ranker_its_difference_and_the_published_rows(
-    rivals: Rivals, evaluated: dict[str, Manifest], tmp_path: Path, monkeypatch: Any, capsys: Any
+    rivals: Rivals, evaluated: dict[str, Manifest], tmp_path: Path, capsys: Any
 ) -> None:
-    spec = importlib.util.spec_from_file_location("compare", JOBS / "compare.py")
-    assert spec
-    assert spec.loader
-    compare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(compare)
     page, file = tmp_path / "page.md", tmp_path / "all.json"
     old = "**beauty once**\n\nlast night\n\n**toys**\n\n| of another machine |\n"
     page.write_text(f"before\n<!-- results -->\n{old}\n<!-- /results -->\nafter\n")
     file.write_text('{"toys": []}')
     words = ["--date", TUESDAY, "--json", str(file), "--markdown", str(page)]
     words += [f"beauty once={rivals.root}@{MONDAY}"]
-    monkeypatch.setattr(sys, "argv", ["compare.py", *words])
-    compare.main()
+    assert main(["compare", *words]) == 0
 
     text = page.read_text()
     assert text.startswith("before\n<!-- results -->\n")

@@ -18,7 +18,7 @@ from typing import Literal
 from tiger_ray.artifacts.opening import open_store
 from tiger_ray.artifacts.storage import Storage
 from tiger_ray.artifacts.store import InputFile, parse_uri, persist
-from tiger_ray.cli.tables import bytes_text, show_table
+from tiger_ray.cli.tables import readable_bytes, show_table
 from tiger_ray.cluster.connect import is_local, require_resources
 from tiger_ray.cluster.nodes import Cluster, ask_nodes, driver_node, require_one_version
 from tiger_ray.data import catalog, events
@@ -263,18 +263,18 @@ def _disk(settings: Settings, found: _Found, around: Surroundings) -> str:
     doubts = []
     if scheme == "local":
         free, _ = around.disk(_existing(root))
-        said.append(f"{bytes_text(free)} free for {root}")
+        said.append(f"{readable_bytes(free)} free for {root}")
         if free < FULL_BYTES:
             raise StorageError(f"{said[0]}: the disk is full. Free space, or change storage.root")
         if free < wanted:
             doubts.append(
-                f"{said[0]}, and a night over {bytes_text(found.input_bytes)} of input should find {bytes_text(wanted)}; "
+                f"{said[0]}, and a night over {readable_bytes(found.input_bytes)} of input should find {readable_bytes(wanted)}; "
                 "free space, or change storage.root"
             )
     if is_local(settings.ray):
         temporary = os.environ.get("RAY_TMPDIR", tempfile.gettempdir())
         free, total = around.disk(_existing(temporary))
-        said.append(f"{bytes_text(free)} free for Ray in {temporary}")
+        said.append(f"{readable_bytes(free)} free for Ray in {temporary}")
         if free < max(FULL_BYTES, SPILL_SHARE * total):
             doubts.append(
                 f"{said[-1]}, less than {SPILL_SHARE:.0%} of the disk: Ray writes no objects there. Free space, or set "
@@ -328,7 +328,7 @@ def _list(uri: str, found: _Found) -> list[InputFile]:
 
 
 def _size(files: Sequence[InputFile]) -> str:
-    return bytes_text(sum(file.bytes for file in files))
+    return readable_bytes(sum(file.bytes for file in files))
 
 
 def _catalog_rows(settings: Settings, found: _Found) -> str:

@@ -38,9 +38,8 @@ def compare(
         raise SettingsError(f"--reference {reference!r} is none of {', '.join(comparison.LABELS)}")
     if page is not None:
         _split(page)
-    published = list(
-        csv.DictReader(files("tiger_ray.report").joinpath("published.csv").open(encoding="utf-8"))
-    )
+    lines = files("tiger_ray.report").joinpath("published.csv").read_text(encoding="utf-8").splitlines()
+    published = list(csv.DictReader(lines))
     rows = {}
     for pair in roots:
         name, _, root = pair.partition("=")

@@ -39,6 +39,21 @@ class SettingsCommand(TyperCommand):
         return settings
 
 
+class AllSettingsCommand(SettingsCommand):
+    """A verb whose help lists every setting, too."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help of the verb, then all settings with default and meaning."""
+        from tiger_ray.settings.loading import describe_settings
+
+        super().format_help(ctx, formatter)
+        print(
+            "Settings, as flags or as keys of the YAML file of --config FILE (may be repeated, later files win):\n"
+        )
+        for line in describe_settings():
+            print(line)
+
+
 def split_words(words: Sequence[str], own: set[str], flags: set[str]) -> tuple[list[str], list[str]]:
     """The words of a verb itself, and the words that are settings, each in their order.
 

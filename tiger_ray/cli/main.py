@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
-from tiger_ray.cli.flags import SettingsCommand
-from tiger_ray.cli.job import open_night, run_verb
+from tiger_ray.cli.flags import AllSettingsCommand, SettingsCommand
+from tiger_ray.cli.job import open_night, open_storage, run_verb
+from tiger_ray.errors import SettingsError
 
 SETTINGS_HELP = (
     "Settings: --config FILE.yaml (may be repeated, later files win), --date DATE, and any --section.name value. "
@@ -56,11 +60,80 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _verb(
+    group: typer.Typer, name: str | None = None, *, cls: type[TyperCommand] = TyperCommand, epilog: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a function as a verb whose help is the docstring, each paragraph as one line that the terminal wraps."""
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        paragraphs = inspect.cleandoc(function.__doc__ or "").split("\n\n")
+        text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+        metavar = "[OPTIONS]" if cls is TyperCommand else "[OPTIONS] [SETTINGS]"
+        group.command(name, cls=cls, help=text, epilog=epilog, options_metavar=metavar)(function)
+        return function
+
+    return add
+
+
 def _end(act: Callable[[], int | None]) -> None:
     raise typer.Exit(run_verb(act))
 
 
-@app.command(cls=SettingsCommand, epilog=EPILOG)
+@_verb(app, cls=AllSettingsCommand, epilog=EXIT_CODES)
+def run(
+    context: Context,
+    stages: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="STAGE", help="Stages to run; what they read must be published.", show_default="all"
+        ),
+    ] = None,
+) -> None:
+    """Run a night: catalog and events in, Semantic IDs, model, evaluation and one list per user out.
+
+    Writes one artifact per stage below storage.root and publishes each for --date. What is done is never done again: the
+    same command continues where the last one ended.
+    """
+
+    def act() -> None:
+        settings, store = open_night(context.args)
+        from tiger_ray.cli.night import run_and_show
+
+        run_and_show(settings, store, *_known(stages or []))
+
+    _end(act)
+
+
+def _known(stages: Sequence[str]) -> Sequence[str]:
+    """The names of stages, or an error that names the nearest one."""
+    from tiger_ray.stages.night import STAGE_NAMES
+
+    for stage in stages:
+        if stage not in STAGE_NAMES:
+            near = difflib.get_close_matches(stage, STAGE_NAMES, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise SettingsError(f"there is no stage {stage!r}{hint} Stages: {', '.join(STAGE_NAMES)}")
+    return stages
+
+
+@_verb(app, cls=SettingsCommand, epilog=EPILOG)
+def plan(context: Context) -> None:
+    """Say what a night would do: for each stage, computes, reuses or skips, and which setting, input or format differs.
+
+    Shows rows and bytes in, and seconds and memory of the last run. Writes nothing and starts no Ray. The exit code is
+    that of the error with which the night would end, as far as the plan can tell.
+    """
+
+    def act() -> None:
+        settings, store = open_storage(context.args, defaults={})
+        from tiger_ray.cli.plan import show_plan
+
+        show_plan(settings, store)
+
+    _end(act)
+
+
+@_verb(app, cls=SettingsCommand, epilog=EPILOG)
 def check(
     context: Context,
     data: Annotated[
@@ -78,7 +151,7 @@ def check(
     _end(lambda: run_checks(context.args, data=data))
 
 
-@show.command("user", cls=SettingsCommand, epilog=EPILOG)
+@_verb(show, "user", cls=SettingsCommand, epilog=EPILOG)
 def show_user(
     context: Context,
     user: Annotated[str, typer.Argument(metavar="ID", help="Id of the user, as in the events.")],
@@ -93,7 +166,7 @@ def show_user(
     _end(lambda: look.show_user(context.args, user))
 
 
-@show.command("item", cls=SettingsCommand, epilog=EPILOG)
+@_verb(show, "item", cls=SettingsCommand, epilog=EPILOG)
 def show_item(
     context: Context,
     item: Annotated[str, typer.Argument(metavar="ID", help="Id of the item, as in the catalog.")],
@@ -109,7 +182,7 @@ def show_item(
     _end(lambda: look.show_item(context.args, item))
 
 
-@show.command("run", cls=SettingsCommand, epilog=EPILOG)
+@_verb(show, "run", cls=SettingsCommand, epilog=EPILOG)
 def show_run(
     context: Context, date: Annotated[str, typer.Argument(metavar="DATE", help="The night, YYYY-MM-DD.")]
 ) -> None:
@@ -119,12 +192,12 @@ def show_run(
     _end(lambda: look.show_run(context.args, date))
 
 
-@app.command(epilog=EXIT_CODES)
+@_verb(app, epilog=EXIT_CODES)
 def compare(
     roots: Annotated[
         list[str],
         typer.Argument(
-            metavar="NAME=ROOT[@DATE]...",
+            metavar="NAME=ROOT[@DATE]",
             help="Data set and its storage.root; another date of a root is a table of its own, such as "
             "'beauty masked=data/amazon/beauty@2026-11-26'. The first word of NAME chooses the published rows.",
         ),
@@ -153,7 +226,7 @@ def compare(
     _end(lambda: run_comparison(roots, date=date, reference=reference, json_file=json, page=markdown))
 
 
-@app.command(cls=SettingsCommand, epilog=EPILOG)
+@_verb(app, cls=SettingsCommand, epilog=EPILOG)
 def export(context: Context) -> None:
     """Export the model of a night as a folder that Hugging Face transformers reads without tiger_ray.
 
@@ -173,7 +246,7 @@ def export(context: Context) -> None:
     _end(act)
 
 
-@app.command(cls=SettingsCommand, epilog=EPILOG)
+@_verb(app, cls=SettingsCommand, epilog=EPILOG)
 def serve(context: Context) -> None:
     """Serve the model of a night over HTTP until Ctrl-C or SIGTERM.
 
@@ -190,7 +263,7 @@ def serve(context: Context) -> None:
     _end(act)
 
 
-@app.command(epilog=EXIT_CODES)
+@_verb(app, epilog=EXIT_CODES)
 def synthesize(
     out: Annotated[str, typer.Option(help="Folder or s3://bucket/prefix to write.")],
     items: Annotated[int, typer.Option(help="Items, a multiple of 20.")] = 800,
@@ -220,7 +293,7 @@ def synthesize(
     _end(act)
 
 
-@storage.command("ls", cls=SettingsCommand, epilog=EPILOG)
+@_verb(storage, "ls", cls=SettingsCommand, epilog=EPILOG)
 def storage_ls(context: Context) -> None:
     """List the artifacts below storage.root: dates, runs, files, bytes and the latest date. Writes nothing."""
     from tiger_ray.cli import storage as kept
@@ -228,7 +301,7 @@ def storage_ls(context: Context) -> None:
     _end(lambda: kept.list_artifacts(context.args))
 
 
-@storage.command("verify", cls=SettingsCommand, epilog=EPILOG)
+@_verb(storage, "verify", cls=SettingsCommand, epilog=EPILOG)
 def storage_verify(
     context: Context,
     artifact: Annotated[str | None, typer.Argument(help="Only this artifact.", show_default="all")] = None,
@@ -245,7 +318,7 @@ def storage_verify(
     _end(lambda: kept.verify_artifacts(context.args, artifact, digests=digests))
 
 
-@storage.command("rollback", cls=SettingsCommand, epilog=EPILOG)
+@_verb(storage, "rollback", cls=SettingsCommand, epilog=EPILOG)
 def storage_rollback(
     context: Context,
     date: Annotated[str, typer.Argument(metavar="DATE", help="A night that is published, YYYY-MM-DD.")],

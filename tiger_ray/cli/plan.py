@@ -5,21 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+
+from tiger_ray.cli.tables import readable_bytes, show_table
 
 if TYPE_CHECKING:
     from tiger_ray.artifacts.storage import Storage
     from tiger_ray.settings.settings import Settings
     from tiger_ray.stages.plan import Planned
 
-STYLES = {
-    "computes": "yellow",
-    "reuses": "green",
-    "skips": "green",
-    "left out": "dim",
-    "refuses": "red",
-}
+COLUMNS = ("stage", "tonight", "rows in", "bytes in", "last run", "memory", "why")
 
 
 def show_plan(settings: Settings, storage: Storage, console: Console | None = None) -> None:
@@ -28,7 +22,7 @@ def show_plan(settings: Settings, storage: Storage, console: Console | None = No
     Args:
         settings: of the whole night.
         storage: where artifacts live.
-        console: None: stdout.
+        console: where to print; none: standard output.
 
     Raises:
         TigerError: the night would end with this error.
@@ -36,26 +30,29 @@ def show_plan(settings: Settings, storage: Storage, console: Console | None = No
     from tiger_ray.stages.plan import plan_night
 
     planned = plan_night(settings, storage)
-    table = Table(title=f"Night of {settings.date}, {storage.root}", title_justify="left")
-    for name in ("stage", "tonight", "why"):
-        table.add_column(name, overflow="fold")
-    for name in ("rows in", "bytes in", "last run", "memory"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for one in planned:
-        cost = one.last.cost if one.last else {}
-        table.add_row(
-            one.stage.name,
-            f"[{STYLES[one.verdict]}]{one.verdict}[/]",
-            escape(_why(one)),
-            "" if one.rows_in is None else f"{one.rows_in:,}",
-            "" if one.bytes_in is None else readable_bytes(one.bytes_in),
-            f"{cost['seconds']:,.1f} s" if cost else "",
-            readable_bytes(cost["peak_memory_bytes"]) if cost.get("peak_memory_bytes") else "",
-        )
-    (console or Console()).print(table)
+    show_table(
+        f"night {settings.date}, {storage.root}",
+        COLUMNS,
+        map(_row, planned),
+        right=COLUMNS[2:6],
+        console=console,
+    )
     for one in planned:
         if one.error is not None:
             raise one.error
+
+
+def _row(one: Planned) -> tuple[str | None, ...]:
+    cost = one.last.cost if one.last else {}
+    return (
+        one.stage.name,
+        one.verdict,
+        None if one.rows_in is None else f"{one.rows_in:,}",
+        None if one.bytes_in is None else readable_bytes(one.bytes_in),
+        f"{cost['seconds']:,.1f} s" if cost else None,
+        readable_bytes(cost["peak_memory_bytes"]) if cost.get("peak_memory_bytes") else None,
+        _why(one),
+    )
 
 
 def _why(one: Planned) -> str:
@@ -66,16 +63,3 @@ def _why(one: Planned) -> str:
     if len(one.why) > len(shown):
         shown.append(f"and {len(one.why) - len(shown)} more")
     return "; ".join(shown)
-
-
-def readable_bytes(count: int) -> str:
-    """A number of bytes with three digits and a unit of 1000.
-
-    >>> readable_bytes(1_234_567)
-    '1.23 MB'
-    """
-    value, units = float(count), ["B", "kB", "MB", "GB", "TB", "PB"]
-    while value >= 999.5 and len(units) > 1:
-        value /= 1000
-        units.pop(0)
-    return f"{value:.3g} {units[0]}"

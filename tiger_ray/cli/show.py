@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ import pyarrow.compute as pc
 from tiger_ray.artifacts.files import shard_name
 from tiger_ray.artifacts.inventory import holdings
 from tiger_ray.artifacts.manifest import Manifest
+from tiger_ray.artifacts.record import Record, read_record
 from tiger_ray.artifacts.storage import Storage
 from tiger_ray.cli.job import NO_DATE, open_storage
-from tiger_ray.cli.tables import bytes_text, show_table
+from tiger_ray.cli.tables import readable_bytes, show_table
 from tiger_ray.core.hashing import shard_of, stable_hash
 from tiger_ray.errors import ArtifactError, DataError
 from tiger_ray.published.semantic_ids import load_item_ids, load_semantic_ids
@@ -304,38 +306,56 @@ def show_run(words: Sequence[str], date: str) -> None:
     Raises:
         ArtifactError: nothing is published for the night.
     """
-    from tiger_ray.stages.stage import FORMAT_VERSIONS
+    from tiger_ray.stages.night import STAGE_NAMES  # Ray is imported with the stages, and not started
 
     night = _open(words, date)
-    others = [each.artifact for each in holdings(night.storage) if each.artifact not in FORMAT_VERSIONS]
+    others = [each.artifact for each in holdings(night.storage) if each.artifact not in STAGE_NAMES]
     found = {
         artifact: manifest
-        for artifact in (*FORMAT_VERSIONS, *others)
+        for artifact in (*STAGE_NAMES, *others)
         if (manifest := night.published(artifact)) is not None
     }
     if not found:
         raise ArtifactError(
             f"nothing is published for {date} below {night.storage.root}; `tiger-ray storage ls` shows what is"
         )
-    rows = [
-        (
-            artifact,
-            f"{manifest.rows:,}",
-            len(manifest.files),
-            bytes_text(sum(entry.bytes for entry in manifest.files)),
-            manifest.run_id[:8],
-            manifest.metadata.get("summary", ""),
-        )
-        for artifact, manifest in found.items()
-    ]
+    records = {artifact: read_record(night.storage, artifact, date) for artifact in found}
     show_table(
         f"night {date}, {night.storage.root}",
-        ("artifact", "rows", "files", "bytes", "run", "what"),
-        rows,
-        right=("rows", "files", "bytes"),
+        RUN_COLUMNS,
+        [_run_row(manifest, records[artifact]) for artifact, manifest in found.items()],
+        right=RUN_COLUMNS[3:8],
     )
     if "evaluation" in found and "model" in found:
         print(f"\n{metrics_table(found['evaluation'], found['model'])}")
+
+
+RUN_COLUMNS = (
+    "artifact",
+    "status",
+    "began (UTC)",
+    "seconds",
+    "rows",
+    "bytes",
+    "workers",
+    "memory",
+    "run",
+    "why",
+    "what",
+)
+
+
+def _run_row(manifest: Manifest, record: Record | None) -> tuple[object, ...]:
+    """One artifact; without a record, what the manifest alone says."""
+    written = readable_bytes(sum(entry.bytes for entry in manifest.files))
+    rows, run, what = f"{manifest.rows:,}", manifest.run_id[:8], manifest.metadata.get("summary")
+    if record is None or record.run_id != manifest.run_id:
+        return (manifest.artifact, "no record", None, None, rows, written, None, None, run, None, what)
+    memory = readable_bytes(record.peak_memory_bytes) if record.peak_memory_bytes else None
+    began = record.began_at.astimezone(UTC).strftime("%H:%M:%S")
+    why = "; ".join(record.why[:4]) + (f"; and {len(record.why) - 4} more" if len(record.why) > 4 else "")
+    seconds, workers = f"{record.seconds:,.1f}", record.workers or None
+    return (manifest.artifact, record.status, began, seconds, rows, written, workers, memory, run, why, what)
 
 
 # Ids

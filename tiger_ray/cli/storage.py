@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tiger_ray.artifacts.inventory import Holding, holdings, verify
 from tiger_ray.artifacts.storage import Storage
 from tiger_ray.cli.job import open_storage
-from tiger_ray.cli.tables import bytes_text, show_table
+from tiger_ray.cli.tables import readable_bytes, show_table
 from tiger_ray.errors import ArtifactError
 
 
@@ -23,7 +23,7 @@ def list_artifacts(words: Sequence[str]) -> None:
             _latest(storage, each.artifact),
             each.runs,
             f"{each.files:,}",
-            bytes_text(each.bytes),
+            readable_bytes(each.bytes),
         )
         for each in held
     ]
@@ -55,7 +55,7 @@ def verify_artifacts(words: Sequence[str], artifact: str | None, *, digests: boo
     dates = sum(len(each.dates) for each in held)
     compared = "size and SHA-256" if digests else "size (SHA-256 with --digests)"
     print(
-        f"{found.files:,} files, {bytes_text(found.bytes)}, of {dates:,} published manifests of {len(held)} "
+        f"{found.files:,} files, {readable_bytes(found.bytes)}, of {dates:,} published manifests of {len(held)} "
         f"artifacts are whole: {compared}"
     )
 

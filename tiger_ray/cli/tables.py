@@ -8,7 +8,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-COLOURS = {"ok": "green", "warn": "yellow", "FAILED": "bold red", "not checked": "dim"}
+COLOURS = {
+    **dict.fromkeys(("ok", "computed", "reused", "reuses", "skips"), "green"),
+    **dict.fromkeys(("warn", "computes"), "yellow"),
+    **dict.fromkeys(("FAILED", "refuses"), "bold red"),
+    **dict.fromkeys(("not checked", "left out"), "dim"),
+}
 """Cells with exactly these words are coloured on a terminal."""
 
 
@@ -59,11 +64,14 @@ def _print_plain(
         console.file.write("  ".join(padded).rstrip() + "\n")
 
 
-def bytes_text(count: int) -> str:
-    """Bytes for people: `512 B`, `1.5 MB`; powers of 1,000."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
-            break
-        size /= 1000
-    return f"{count:,} B" if unit == "B" else f"{size:,.1f} {unit}"
+def readable_bytes(count: int) -> str:
+    """A number of bytes with three digits and a unit of 1000.
+
+    >>> readable_bytes(1_234_567)
+    '1.23 MB'
+    """
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB", "PB"]
+    while value >= 999.5 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.3g} {units[0]}"

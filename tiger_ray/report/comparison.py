@@ -116,7 +116,7 @@ def _places(evaluated: Manifest) -> int:
 
 
 def published_row(line: Mapping[str, str]) -> Row:
-    """A row of somebody else's table, as a line of jobs/published.csv has it; not every value is published."""
+    """A row of somebody else's table, as a line of published.csv has it; not every value is published."""
     metrics = {name: {"value": float(line[name])} for name in PRINTED if line[name]}
     return Row(line["method"], metrics, line["protocol"])
 

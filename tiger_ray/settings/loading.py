@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date as calendar_date
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -26,6 +26,41 @@ def setting_names(model: type[BaseModel] = Settings, prefix: str = "") -> Iterat
             yield from setting_names(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name
+
+
+def describe_settings(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
+    """Lines of help for all settings: flag, values, default, and below each its meaning."""
+    for name, setting in model.model_fields.items():
+        if isinstance(setting.annotation, type) and issubclass(setting.annotation, BaseModel):
+            yield from describe_settings(setting.annotation, f"{prefix}{name}.")
+            continue
+        default = "required" if setting.is_required() else f"default {_as_text(setting.get_default())}"
+        yield f"  --{prefix}{name} {_values(setting.annotation)}  [{default}]"
+        yield f"      {' '.join((setting.description or '').split())}"
+
+
+def _values(annotation: Any) -> str:
+    """What a setting may be, in a word."""
+    kind, parts = get_origin(annotation), get_args(annotation)
+    if kind is Annotated:
+        return _values(parts[0])
+    if kind is Literal:
+        return "|".join(map(str, parts))
+    if kind is tuple:
+        return f"[{_values(parts[0])}, ...]"
+    if parts:
+        return " or ".join(_values(part) for part in parts if part is not type(None))
+    return {"str": "text", "int": "integer", "float": "number", "bool": "true|false"}.get(
+        annotation.__name__, "time"
+    )
+
+
+def _as_text(default: Any) -> str:
+    if default is None:
+        return "empty"
+    if isinstance(default, bool):
+        return str(default).lower()
+    return str(list(default)) if isinstance(default, tuple) else str(default)
 
 
 def load_settings(
@@ -150,4 +185,4 @@ def _explain(error: ValidationError, known: list[str]) -> Iterator[str]:
 
 def _did_you_mean(name: str, known: Iterator[str] | list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else "; --help lists them all"
+    return f"; did you mean {near[0]}?" if near else "; tiger-ray run --help lists them all"
