@@ -51,6 +51,12 @@ a gigabyte for the checkpoints of models."""
 SPILL_SHARE = 0.05
 """Ray writes no objects to a disk of which less than this share is free."""
 
+SILENT = {
+    "ray": "start the cluster, or correct ray.address (RAY_ADDRESS)",
+    "": "the store or the disk is overloaded or out of reach: look at both, then check again",
+}
+"""What to do about a check without an answer."""
+
 Status = Literal["ok", "warn", "FAILED", "not checked"]
 
 
@@ -177,14 +183,14 @@ def run_checks(
         thread.start()
     for thread in threads:
         thread.join(None if data else max(give_up - time.monotonic(), 0.0))
-    silent = Line(
-        "FAILED",
-        f"no answer within {deadline_s:g} s: is the store, the disk or the cluster overloaded or out of reach?",
-        deadline_s,
-        StorageError.exit_code,
-    )
     done = dict(lines)
-    return {name: done.get(name, silent) for name in names}
+    for chain in chains:
+        waiting = [name for name, _ in chain if name not in done]
+        for name in waiting[:1]:
+            text = f"no answer within {deadline_s:g} s; {SILENT.get(name, SILENT[''])}"
+            done[name] = Line("FAILED", text, deadline_s, StorageError.exit_code)
+        done |= {name: Line("not checked", f"{waiting[0]} did not answer") for name in waiting[1:]}
+    return {name: done[name] for name in names}
 
 
 def _read(words: Sequence[str], lines: dict[str, Line]) -> Settings | None:

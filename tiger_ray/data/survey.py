@@ -167,7 +167,13 @@ def _row_group(file: InputFile, uri: str, names: list[str], group: int) -> pa.Ta
 
     try:
         table = read_input(uri, file, read)
-    except pa.ArrowException as error:
+    except FileNotFoundError:
+        raise DataError(
+            f"{file.path} is gone since {uri} was listed; check again when its writer is done"
+        ) from None
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and (error.errno is not None or "AWS Error" in str(error)):
+            raise  # of the store, not of the file
         raise DataError(
             f"row group {group} of {file.path} cannot be read: {error}; write the file again, as UTF-8 where it is text"
         ) from None
