@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tiger_ray.cli.job import run_job
+
 if TYPE_CHECKING:
     from tiger_ray.artifacts.storage import Storage
     from tiger_ray.settings.settings import Settings
+
+
+def run_baseline() -> None:
+    """Evaluate `baseline.kind` beside the model of a night, with the settings of the command line, and exit."""
+    run_job(_evaluate_baseline)
+
+
+def _evaluate_baseline(settings: Settings, storage: Storage) -> None:
+    from tiger_ray.stages import baselines
+
+    inputs = {name: storage.resolve(name, settings.date) for name in baselines.INPUTS}
+    baselines.run_baseline(settings, storage, **inputs)
 
 
 def run_and_show(settings: Settings, storage: Storage, *names: str) -> None:
