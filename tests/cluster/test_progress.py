@@ -30,7 +30,10 @@ def test_the_bar_shows_the_step_and_the_loss_that_a_worker_reports(
     with progress_bar("model", 60) as bar:
         ray.get(ray.remote(work).remote(bar))
         assert bar is not None
-        assert ray.get(bar.board.read.remote()) == (30, "loss 2.5000")
+        until = time.monotonic() + 30
+        while (seen := ray.get(bar.board.read.remote())) == (0, "") and time.monotonic() < until:
+            time.sleep(0.1)
+        assert seen == (30, "loss 2.5000")
         time.sleep(1.5)
     shown = capfd.readouterr()
     assert "model" in shown.err
