@@ -6,7 +6,7 @@
     │   └── CollisionError          3   more items share codewords than the disambiguator can count
     ├── ArtifactError               3   an artifact is missing, damaged, or made for another version
     ├── QualityError                4   the night is worse than the gate allows; nothing was published
-    ├── PublishError                5   somebody else published this date first, or it may not be replaced
+    ├── PublishError                5   another job published this date first, or the date may not be replaced
     ├── StorageError                6   the store cannot be reached, read or written
     └── CommitUnknownError          7   the store never answered the commit; the next run will find out
 
@@ -15,7 +15,11 @@ A message says what happened, with the values, and which setting or file changes
 
 
 class TigerError(Exception):
-    """Base of all errors that tiger_ray raises on purpose."""
+    """Base of all errors that tiger_ray raises on purpose.
+
+    >>> issubclass(CommitUnknownError, TigerError), CommitUnknownError.exit_code
+    (True, 7)
+    """
 
     exit_code = 6
     go_on = "Mend what is named above, then run the same command again; it continues after the last finished stage."
@@ -23,7 +27,7 @@ class TigerError(Exception):
 
 
 class SettingsError(TigerError, ValueError):
-    """A setting is unknown, has the wrong type, or contradicts another one."""
+    """A setting is unknown, has the wrong type, or contradicts another setting."""
 
     exit_code = 2
     go_on = "Correct the setting, then run the same command again; finished stages are not computed twice."
@@ -37,11 +41,11 @@ class DataError(TigerError, ValueError):
 
 
 class CollisionError(DataError):
-    """More items share one prefix of codewords than the disambiguator can tell apart."""
+    """More items share one prefix of codewords than the disambiguator has values."""
 
 
 class ArtifactError(TigerError):
-    """A published artifact is missing, damaged, or does not fit the one beside it."""
+    """A published artifact is missing, damaged, or does not fit another artifact of the same night."""
 
     exit_code = 3
     go_on = (
@@ -61,7 +65,7 @@ class QualityError(TigerError):
 
 
 class PublishError(TigerError):
-    """The date is taken: by a rival job, or by an earlier run that may not be replaced."""
+    """The date is taken by another job, or by an earlier run that may not be replaced."""
 
     exit_code = 5
     go_on = "Nothing was changed. Use another --date, or --storage.replace true to replace what is published."
@@ -78,7 +82,7 @@ class StorageError(TigerError):
 
 
 class CommitUnknownError(StorageError):
-    """The commit was sent and no answer came: it may or may not have happened."""
+    """The store did not answer the commit, so the date may or may not be published."""
 
     exit_code = 7
     go_on = "Run the same command again: the command finds out whether the night is published, and computes nothing twice."

@@ -155,7 +155,7 @@ def test_an_integer_without_a_declared_unit_is_refused():
 def test_a_timestamp_of_any_other_type_is_refused(type):
     with pytest.raises(
         DataError,
-        match=rf"is {re.escape(str(type))}; events\.timestamp must be a timestamp, a date or an integer",
+        match=rf"is {re.escape(str(type))}; events\.timestamp must name a column of timestamps, of dates",
     ):
         timestamp_unit(pa.schema([("timestamp", type)]), events_settings(timestamp_unit="s"))
 

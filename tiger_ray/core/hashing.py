@@ -1,4 +1,4 @@
-"""Hashes that are the same in every process and on every machine, and the shard that follows from one.
+"""Hashes that are equal in every process and on every machine, and the shard that a hash belongs to.
 
 N ids, B items in batch, D embedding width.
 """
@@ -18,22 +18,22 @@ import pyarrow as pa
 
 def stable_hash(ids: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.uint64]:
     """Hash of each id, (N,)."""
-    if isinstance(ids, pa.ChunkedArray):  # in one array they might exceed 2 GiB
+    if isinstance(ids, pa.ChunkedArray):  # one array of all ids might exceed 2 GiB
         return np.concatenate([np.zeros(0, np.uint64), *map(stable_hash, ids.chunks)])
     return pd.util.hash_array(ids.to_numpy(zero_copy_only=False), categorize=False)
 
 
 def shard_of(key_N: npt.NDArray[np.uint64], num_shards: int) -> npt.NDArray[np.int32]:
-    """Shard 0 to `num_shards` - 1 of each hash, (N,): each shard is one range of hashes, all equally long.
+    """Shard of each hash, 0 to `num_shards` - 1, (N,): the shards are equally long ranges of hashes.
 
-    So the order of shards is the order of hashes, whatever their number.
+    Hence the order of shards is the order of hashes, for any number of shards.
     """
     high_N = key_N >> np.uint64(32)
     return (high_N * np.uint64(num_shards) >> np.uint64(32)).astype(np.int32)
 
 
 def row_hash(embedding_BD: npt.NDArray[np.float32]) -> npt.NDArray[np.uint64]:
-    """Hash of each embedding, equal for equal ones: (B, D) to (B,).
+    """Hash of each embedding, (B, D) to (B,): equal embeddings have equal hashes.
 
     Source: multilinear hashing (Lemire and Kaser 2014).
     """
@@ -44,7 +44,9 @@ def row_hash(embedding_BD: npt.NDArray[np.float32]) -> npt.NDArray[np.uint64]:
 
 
 def splitmix64(key_N: npt.NDArray[np.uint64], seed: int = 0) -> npt.NDArray[np.uint64]:
-    """Another hash of each hash, (N,), independent of it and of that of another seed.
+    """A new hash of each hash, (N,), independent of the given hash and of the new hash with another seed.
+
+    `decoding.sampling.splitmix64` computes the same in torch.
 
     Source: the finalizer of SplitMix64 (Steele et al. 2014).
     """

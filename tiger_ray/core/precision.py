@@ -16,9 +16,10 @@ Precision = Literal["fp32", "bf16"]
 
 
 def dtype_of(precision: Precision, device: torch.device) -> torch.dtype:
-    """Type of the numbers that are multiplied: what was asked for, or fp32 on a device without bf16 instructions.
+    """dtype of matrix products: the given precision, or fp32 on a device without bf16 instructions.
 
-    There bf16 takes 5 times as long as fp32 on an Intel Xeon with AVX-512, and 30 to 80 times on an AMD EPYC without.
+    Without these instructions, bf16 takes 5 times as long as fp32 on an Intel Xeon with AVX-512, and 30 to 80
+    times as long on an AMD EPYC without AVX-512.
     """
     if precision == "fp32":
         return torch.float32
@@ -32,7 +33,7 @@ def _multiplies_bf16(device_type: str) -> bool:
     else:
         onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         known = onednn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        if platform.machine() == "x86_64":  # where oneDNN says yes to all of AVX-512, which can emulate it
+        if platform.machine() == "x86_64":  # oneDNN says yes to every AVX-512 CPU, because it emulates bf16
             known = known and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     if not known:
         log.warning("this %s has no bf16 instructions; fp32 is used where bf16 was asked for", device_type)

@@ -1,8 +1,4 @@
-"""Events in: checked before any expensive work, and pinned, so that a night reads the same files throughout.
-
-The artifact `events` holds no rows: its manifest names the input files with their versions and counts what
-is in them.
-"""
+"""Rows of the events input: which rows and columns a night reads, and the unit of their timestamps."""
 
 from __future__ import annotations
 
@@ -27,8 +23,11 @@ LATEST = datetime(2100, 1, 1, tzinfo=UTC).timestamp()
 
 
 def wanted_rows(batch: pa.Table, settings: EventsSettings) -> pa.Table:
-    """Events of the wanted kinds: user_id, item_id, timestamp (int64 ticks of the input's unit), and the place
-    among equal timestamps as column order (int64), if `events.tie` names a column."""
+    """Events of the kinds in `events.event_types`, with columns user_id, item_id and timestamp.
+
+    timestamp is int64, in ticks of the input's unit. If `events.tie` names a column, the result has a fourth
+    column, order (int64): the order of events with equal timestamps.
+    """
     if settings.event_type is not None:
         kind = batch.column(settings.event_type).cast(pa.string())
         batch = batch.filter(pc.is_in(kind, value_set=pa.array(settings.event_types)))
@@ -54,7 +53,7 @@ def timestamp_unit(schema: pa.Schema, settings: EventsSettings) -> str:
     """Unit of the timestamp column, from its type or from the settings.
 
     Raises:
-        DataError: neither a time nor an integer, or an integer without a declared unit.
+        DataError: the column is neither a time nor an integer, or is an integer without a declared unit.
     """
     found = schema.field(settings.timestamp).type
     if pa.types.is_timestamp(found):
@@ -63,8 +62,8 @@ def timestamp_unit(schema: pa.Schema, settings: EventsSettings) -> str:
         return "ms"
     if not pa.types.is_integer(found) or found == pa.uint64():
         raise DataError(
-            f"column {settings.timestamp!r} of {settings.uri} is {found}; events.timestamp must be a timestamp, a date or an "
-            "integer that int64 can hold"
+            f"column {settings.timestamp!r} of {settings.uri} is {found}; events.timestamp must name a column of "
+            "timestamps, of dates, or of integers that int64 can hold"
         )
     if settings.timestamp_unit is None:
         raise DataError(
@@ -75,10 +74,15 @@ def timestamp_unit(schema: pa.Schema, settings: EventsSettings) -> str:
 
 
 def require_tie(schema: pa.Schema, settings: EventsSettings, rows: int) -> None:
-    """Refuse a column for ties that has no order of int64 values.
+    """Refuse a column `events.tie` whose values int64 cannot hold.
+
+    Args:
+        schema: of the events input.
+        settings: section `events`.
+        rows: of the events input, for the message.
 
     Raises:
-        DataError: it is no integer, or unsigned with 64 bits.
+        DataError: the column is not an integer, or is uint64.
     """
     if settings.tie is None:
         return
@@ -91,13 +95,13 @@ def require_tie(schema: pa.Schema, settings: EventsSettings, rows: int) -> None:
 
 
 def ticks_at(moment: datetime, unit: str) -> int:
-    """The first tick of this unit that is not before a moment, counted from 1970."""
+    """The first tick at or after `moment`, in ticks of `unit` since 1970."""
     microseconds = (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
     return -(-microseconds * TICKS_PER_SECOND[unit] // 10**6)
 
 
 def wanted_columns(settings: EventsSettings) -> dict[str, str]:
-    """Setting -> the column of the input that it names."""
+    """Setting -> the column of the input that the setting names."""
     names = ("user_id", "item_id", "timestamp", "event_type", "tie")
     return {f"events.{name}": column for name in names if (column := getattr(settings, name)) is not None}
 

@@ -1,6 +1,6 @@
-"""What a sequences artifact holds, and where a holdout cuts it; for readers that know no Ray.
+"""Histories of users from events, and where a holdout cuts each history; without Ray.
 
-B users of a shard.
+B users of a shard, N values of a column.
 """
 
 from __future__ import annotations
@@ -32,18 +32,24 @@ POPULARITY_COLUMNS = {"leave_one_out": "training_events", "none": "events", "tim
 
 @dataclass(frozen=True)
 class Cuts:
-    """Where a holdout cuts each history."""
+    """Where a holdout cuts each history.
+
+    >>> users = pa.table({"history": pa.array([[5, 6, 7, 8], [9]])})
+    >>> cuts = cuts_of(users, "leave_one_out")
+    >>> cuts.seen_B.tolist(), cuts.validation_at_B.tolist(), cuts.test_at_B.tolist()
+    ([2, 1], [2, -1], [3, -1])
+    """
 
     seen_B: npt.NDArray[np.int64]
-    """How many of its oldest events training may see."""
+    """Number of oldest events that training may see."""
     validation_at_B: npt.NDArray[np.int64]
-    """Place of the validation target, which is how many events come before it (at least 1); -1: there is none."""
+    """Place of the validation target, at least 1; -1 for a user without a validation target."""
     test_at_B: npt.NDArray[np.int64]
-    """Place of the test target, in the same way."""
+    """Place of the test target, at least 1; -1 for a user without a test target."""
 
     @property
     def num_examples(self) -> int:
-        """Training examples: every event that training may see, but each user's first."""
+        """Training examples: every event that training may see, except each user's first."""
         return int(np.maximum(self.seen_B - 1, 0).sum())
 
 
@@ -53,15 +59,15 @@ def user_shards(manifest: Manifest) -> list[FileEntry]:
 
 
 def holdouts(has_moments: bool) -> list[str]:
-    """The holdouts that can cut an artifact, given whether it knows the moments of the time split."""
+    """The holdouts that can cut a sequences artifact, with or without the moments of the time split."""
     return [name for name in POPULARITY_COLUMNS if has_moments or name != "time"]
 
 
 def require_holdout(sequences: Manifest, holdout: str) -> None:
-    """Refuse sequences that were not told the moments of the time split.
+    """Refuse sequences that lack the moments of the time split where the holdout needs them.
 
     Raises:
-        ArtifactError: names the settings.
+        ArtifactError: names the settings to set.
     """
     if f"examples_{holdout}" not in sequences.metadata:
         raise ArtifactError(
@@ -78,15 +84,15 @@ def columns_for(holdout: str) -> list[str]:
 def cuts_of(users: pa.Table, holdout: str) -> Cuts:
     """Where a holdout cuts the histories of some users.
 
-    `leave_one_out` hides each user's last two events, validation target and test target; users too short to
-    give a training event and both targets are not evaluated, and training sees all of theirs. `time` hides
-    every event from `sequences.validation_from` on: the targets are the first event of the validation period
-    and the first of the test period, which the model is asked for given all that came before, so that test
-    histories hold events of the validation period. `none` hides nothing, and nobody is evaluated.
+    `leave_one_out` hides each user's last two events: the validation target and the test target. Users with
+    fewer than three events are not evaluated, and training sees all their events. `time` hides every event
+    from `sequences.validation_from` on. Its targets are the first event of the validation period and the
+    first event of the test period. The history of a target is every earlier event, so a test history holds
+    events of the validation period. `none` hides nothing, and no user is evaluated.
 
     Args:
         users: the columns of `columns_for`, one row per user.
-        holdout: section `training`.
+        holdout: `training.holdout`.
 
     Source: paper section 4 (leave-one-out); the rule for short users and the time split are ours.
     """
@@ -112,24 +118,28 @@ def cuts_of(users: pa.Table, holdout: str) -> Cuts:
 
 
 def _first_of_period(start_B: npt.NDArray[np.int64], end_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Place of the first event of a period; -1 if it has none, or nothing comes before it."""
+    """Place of the first event of a period; -1 if the period is empty, or if no event comes before it."""
     return np.where((start_B > 0) & (start_B < end_B), start_B, -1)
 
 
 NUM_POPULAR = 100_000
-"""Most popular items kept for fallback lists and as the baseline: so many that some of them can be had tonight."""
+"""Number of most popular items kept for fallback lists and the popularity baseline.
+
+Items may be unavailable on a later night, so this is far more than a list is long.
+"""
 
 
 def histories_of(events: pa.Table, max_events: int, moments: tuple[int, int] | None = None) -> pa.Table:
-    """Group one shard's events into histories; an exact repeat of an event counts once.
+    """Group one shard's events into histories; a repeated event counts once.
 
-    A repeat has user, item and timestamp of another event. With a column `order`, the first of them counts.
+    A repeat has the user, item and timestamp of another event. With a column `order`, the first of the
+    repeats counts.
 
     Args:
-        events: user_id, timestamp int64, tie int32, item_index int32 (-1: unknown item); and order int64, if
-            that comes before tie among equal timestamps.
+        events: user_id, timestamp int64, tie int32, item_index int32 (-1: unknown item), and perhaps order
+            int64. Events with equal timestamps are sorted by order, then by tie.
         max_events: most recent events kept per user.
-        moments: ticks at which the validation and the test period of the time split begin, if it is set.
+        moments: first tick of the validation period and of the test period; None without a time split.
 
     Returns:
         `schemas.sequences` rows sorted by user_id.
@@ -151,7 +161,7 @@ def histories_of(events: pa.Table, max_events: int, moments: tuple[int, int] | N
     users = user_id.filter(pa.array(new_user))
     user, item_index, timestamp = (np.cumsum(new_user) - 1)[keep], item_index[keep], timestamp[keep]
     if has_order:
-        # Only here: above, the repeats of an event stand beside it. Equal ones stay in the order of tie.
+        # Sort by `order` only now: repeats must be adjacent above. The sort is stable: ties keep their order.
         order = events.column("order").to_numpy()[keep]
         item_index = item_index[np.lexsort((order, timestamp, user))]
     # Place of each kept event counted from its user's newest, 0-based.
@@ -178,9 +188,9 @@ def seen_events(users: pa.Table, num_items: int, holdouts: Sequence[str]) -> np.
     """Events of each item that each holdout lets training see, (holdouts, items) int64.
 
     Args:
-        users: rows of a user shard, with the columns that these holdouts need.
-        num_items: items ever registered.
-        holdouts: their names.
+        users: rows of a user shard, with the columns of `columns_for` each holdout.
+        num_items: number of registered items.
+        holdouts: names of holdouts.
     """
     history = users.column("history").combine_chunks()
     lengths = pc.list_value_length(history).to_numpy()
@@ -191,7 +201,7 @@ def seen_events(users: pa.Table, num_items: int, holdouts: Sequence[str]) -> np.
 
 
 def popularity_of(counts: Mapping[str, np.ndarray]) -> pa.Table:
-    """The items that are most popular by any of these counts, as rows of `schemas.popularity`.
+    """The most popular items by each of these counts, as rows of `schemas.popularity`.
 
     Args:
         counts: holdout -> events of each item that training may see, (items,) int64.
@@ -212,8 +222,8 @@ def prepare_events(
 
     Args:
         batch: rows of the input.
-        events: which columns and kinds count.
-        sequences: number of shards and the cap per user.
+        events: section `events`: columns, and kinds of events to keep.
+        sequences: section `sequences`: number of shards, and the most events per user.
         items: item_id and tie of every registered item, in the order of item_index.
     """
     rows = wanted_rows(batch, events)
@@ -224,7 +234,7 @@ def prepare_events(
     item_index = pc.fill_null(pc.index_in(item_id, value_set=items.column("item_id")), -1)
     rows = rows.drop_columns(["item_id"]).append_column("item_index", item_index.cast(pa.int32()))
     known = pc.greater_equal(rows.column("item_index"), 0)
-    # One row keeps a user alive whose items are all unknown or not given; more would only cost.
+    # One marker row per user keeps users whose items are all unknown or null.
     unknown = rows.filter(pc.invert(known)).column("user_id")
     users = pc.unique(pa.chunked_array([*unknown.chunks, *incomplete.chunks], unknown.type))
     markers = pa.table(
@@ -245,10 +255,10 @@ def prepare_events(
 
 
 def _most_recent(rows: pa.Table, max_events: int) -> pa.Table:
-    """The last `max_events` of each user of this block; equal timestamps at the edge are all kept."""
+    """The last `max_events` of each user of this block, and all events with the timestamp of the oldest kept."""
     if rows.num_rows <= max_events:
         return rows
-    # Repeats go first: they would push older events out, and other ones wherever the blocks are cut.
+    # Remove repeats first: they would push out older events, which ones would depend on the blocks.
     rows = _without_repeats(rows)
     rows = rows.sort_by([("user_id", "ascending"), ("timestamp", "ascending")]).combine_chunks()
     new_user = _differs_from_previous(rows.column("user_id").combine_chunks())
@@ -268,7 +278,7 @@ def _without_repeats(rows: pa.Table) -> pa.Table:
 
 
 def _differs_from_previous(values: pa.Array) -> np.ndarray:
-    """(N,) bool: a value that starts a run of equal values."""
+    """True where a value starts a run of equal values, (N,) bool."""
     starts = np.ones(len(values), bool)
     if len(values) > 1:
         starts[1:] = pc.not_equal(values.slice(1), values.slice(0, len(values) - 1)).to_numpy(

@@ -1,7 +1,4 @@
-"""Parquet that others wrote, catalog and events: checked by its footers, read by the cluster, blamed by name.
-
-A file is first opened here, and everything that can be known of it is checked before anything expensive.
-"""
+"""The user's Parquet files, catalog and events: listed, and checked by their footers before any expensive work."""
 
 from __future__ import annotations
 
@@ -22,21 +19,21 @@ from tiger_ray.artifacts.store import TIMEOUT_S, InputFile, Store, T, parse_uri,
 from tiger_ray.errors import DataError
 
 FILES_AT_ONCE = 32
-"""Each takes an object store as long as the last."""
+"""Footers that are read in parallel: an object store takes equally long for each."""
 
 
 def read_input_schema(
     files: Sequence[InputFile], uri: str, wanted: Mapping[str, str]
 ) -> tuple[pa.Schema, int]:
-    """Schema common to all input files, and their rows in all, from the footers alone.
+    """Schema of the input files and their total number of rows, from the footers.
 
     Args:
         files: Parquet files below `uri`.
-        uri: of the input, for its filesystem.
+        uri: address of the input, which names its filesystem.
         wanted: setting name -> column that must exist.
 
     Returns:
-        The schema of the first file, dictionaries as their values, and the number of rows.
+        The schema of the first file, with dictionary columns as their values, and the number of rows.
 
     Raises:
         DataError: a file is not Parquet, lacks a wanted column, or types a wanted column differently.
@@ -73,7 +70,7 @@ class _Footer(NamedTuple):
 
 
 def _footers(files: Sequence[InputFile], uri: str) -> Iterator[_Footer]:
-    """Of each file in order."""
+    """The footer of each file, in order."""
     pool = ThreadPoolExecutor(FILES_AT_ONCE)
     try:
         yield from pool.map(lambda file: footer_of(file, uri), files)
@@ -91,13 +88,13 @@ def footer_of(file: InputFile, uri: str) -> _Footer:
         footer = read_input(uri, file, pq.read_metadata)
     except FileNotFoundError:
         raise DataError(
-            f"{file.path} is gone since {uri} was listed; run the night again when whoever writes there is done"
+            f"{file.path} is gone since {uri} was listed; run the night again when the writer of {uri} has finished"
         ) from None
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(
             f"{file.path} is not a readable Parquet file ({file.bytes:,} bytes): {error}"
         ) from None
-    # a dictionary as its values: how many there are in a file decides the type of its indices
+    # Read dictionary columns as their values: the index type depends on the number of distinct values in a file.
     fields = [
         field.with_type(field.type.value_type) if pa.types.is_dictionary(field.type) else field
         for field in footer.schema.to_arrow_schema()
@@ -108,8 +105,13 @@ def footer_of(file: InputFile, uri: str) -> _Footer:
 def id_type(schema: pa.Schema, column: str, uri: str) -> pa.DataType:
     """Type of an id column: string, large_string or int64.
 
+    Args:
+        schema: of the input.
+        column: name of the id column.
+        uri: address of the input, for the message.
+
     Raises:
-        DataError: any other type.
+        DataError: the column has another type.
     """
     found = schema.field(column).type
     if found not in schemas.ID_TYPES:
@@ -125,10 +127,10 @@ def list_inputs(uri: str, suffix: str = ".parquet") -> list[InputFile]:
 
     Args:
         uri: path or `s3://` address.
-        suffix: other files of a folder are passed over, and so is every name that starts with `_` or `.`.
+        suffix: end of the names of files to read in a folder; names that start with `_` or `.` are skipped.
 
     Raises:
-        DataError: nothing to read there, a Parquet file of 0 bytes, or a broken symlink.
+        DataError: `uri` holds no such file, a Parquet file of 0 bytes, or a broken symlink.
         StorageError: the store cannot be reached or read.
     """
     store, base, key = input_store(uri)
@@ -141,7 +143,7 @@ def list_inputs(uri: str, suffix: str = ".parquet") -> list[InputFile]:
             continue  # a marker that some tools write for a folder
         if file.version == BROKEN_SYMLINK and not hidden:
             raise DataError(f"{base}/{file.path} is a broken symlink; repair it or remove it")
-        # by a link, one file may lie there under two names
+        # A symlink may give one file two names.
         real = os.path.realpath(f"/{file.path}") if isinstance(store, LocalStore) else file.path
         if hidden or real in read or (below and not below.endswith(suffix)):
             passed_over.append(below)
@@ -158,10 +160,15 @@ def list_inputs(uri: str, suffix: str = ".parquet") -> list[InputFile]:
 
 
 def read_input(uri: str, file: InputFile, parse: Callable[[Any], T]) -> T:
-    """What `parse` makes of an opened file of `list_inputs`.
+    """Open an input file and return the result of `parse`.
+
+    Args:
+        uri: address of the input.
+        file: one of `list_inputs(uri)`.
+        parse: called with the opened file; called again after a lost answer of the store.
 
     Raises:
-        FileNotFoundError: it is gone.
+        FileNotFoundError: the file is gone.
         StorageError: the store cannot be reached or read.
     """
     store, base, _ = input_store(uri)
@@ -169,7 +176,7 @@ def read_input(uri: str, file: InputFile, parse: Callable[[Any], T]) -> T:
 
 
 def input_store(uri: str) -> tuple[Store, str, str]:
-    """The store of an input, what its files' paths begin with, and the key of `uri`."""
+    """The store of an input, the common start of its files' paths, and the key of `uri` in the store."""
     scheme, path = parse_uri(uri)
     if scheme == "s3":
         bucket, _, key = path.partition("/")
@@ -178,7 +185,12 @@ def input_store(uri: str) -> tuple[Store, str, str]:
 
 
 def require_unchanged(uri: str, files: Sequence[InputFile], suffix: str = ".parquet") -> None:
-    """Refuse input that changed while it was read: what was checked would not be what was read.
+    """Refuse input files that changed while they were read: the checks would not hold for the rows read.
+
+    Args:
+        uri: address of the input.
+        files: the answer of `list_inputs` before the input was read.
+        suffix: as in `list_inputs`.
 
     Raises:
         DataError: names a file that came, went or changed.
@@ -189,12 +201,12 @@ def require_unchanged(uri: str, files: Sequence[InputFile], suffix: str = ".parq
     before = {file.path: file for file in files}
     changed = [file.path for file in now if before.pop(file.path, None) != file]
     raise DataError(
-        f"{uri} changed while it was read: {[*changed, *before][0]}, {len(changed) + len(before):,} of {len(now):,} files. "
-        "Nothing was published of it; run the night again when whoever writes there is done"
+        f"{uri} changed while it was read: {[*changed, *before][0]}, {len(changed) + len(before):,} of {len(now):,} "
+        "files. Nothing was published from it; run the night again when the writer of these files has finished"
     )
 
 
 def input_filesystem(uri: str) -> tuple[Any, str]:
-    """The pyarrow filesystem of `uri`, without credentials in it, and the path of `uri` within it."""
+    """The pyarrow filesystem of `uri`, which holds no credentials, and the path of `uri` in this filesystem."""
     scheme, path = parse_uri(uri)
     return (s3_filesystem(TIMEOUT_S) if scheme == "s3" else pyarrow.fs.LocalFileSystem()), path

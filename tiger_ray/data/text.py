@@ -18,10 +18,16 @@ from tiger_ray.settings.catalog import CatalogSettings
 def clean_rows(
     batch: pa.Table, settings: CatalogSettings, item_id_type: pa.DataType, vector_type: pa.DataType | None
 ) -> pa.Table:
-    """Rows of the input as rows of the artifact (`schemas.catalog`), plus the column `shard`.
+    """Rows of the catalog input as rows of `schemas.catalog`, plus the column `shard` (int32).
+
+    Args:
+        batch: rows of the input, with the columns that the settings name.
+        settings: section `catalog`.
+        item_id_type: type of the ids in the artifact.
+        vector_type: type of the column `vector`; None if the catalog brings no vectors.
 
     Raises:
-        DataError: a null id.
+        DataError: an id is null.
     """
     item_id = batch.column(settings.item_id).cast(item_id_type).combine_chunks()
     if item_id.null_count:
@@ -52,7 +58,7 @@ def clean_rows(
 
 
 def item_text(batch: pa.Table, settings: CatalogSettings) -> pa.Array:
-    """Item text of each row, HTML unescaped, whitespace collapsed, at most `max_text_chars` long; never null."""
+    """Item text of each row, never null: plain text, cut to `catalog.max_text_chars` characters."""
     parts = {column: plain_text(batch.column(column)) for column in settings.text}
     if settings.template is None:
         # Not null_handling="skip": it loses rows whose parts are all null (seen with pyarrow 26).
@@ -85,7 +91,7 @@ def plain_text(column: pa.ChunkedArray) -> pa.Array:
     values = values.cast(pa.string())
     escaped = pc.fill_null(pc.match_substring(values, "&"), False)
     if pc.any(escaped).as_py():
-        # Twice, because exports often escape what was escaped already.
+        # Unescape twice, because exports often escape text that is escaped already.
         plain = [html.unescape(html.unescape(text)) for text in values.filter(escaped).to_pylist()]
         fixed = pa.array(plain, pa.string())
         values = pc.replace_with_mask(values, escaped, fixed)
@@ -94,7 +100,7 @@ def plain_text(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _without_empty(lists: pa.ListArray) -> pa.ListArray:
-    """The same lists, sliced or not, without null and blank entries; a null list becomes an empty one."""
+    """The lists without null and blank entries; a null list becomes an empty list. Sliced arrays are fine."""
     entries = lists.flatten().cast(pa.string())
     kept = pc.fill_null(pc.not_equal(pc.utf8_trim_whitespace(entries), ""), False)
     row = pc.list_parent_indices(lists).filter(kept).to_numpy()
@@ -114,7 +120,7 @@ def _last_entry(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _template_parts(settings: CatalogSettings) -> list[tuple[str, str | None]]:
-    """A template as literal pieces (text, None) and fields ("", column)."""
+    """The template as a list of literals (text, None) and fields ("", column)."""
     parts: list[tuple[str, str | None]] = []
     for literal, field, _, _ in string.Formatter().parse(settings.template or ""):
         if literal:
