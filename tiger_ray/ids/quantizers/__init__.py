@@ -1,8 +1,10 @@
-"""Embeddings to codewords: `fit` learns a quantizer, `load` reads a published one back.
+"""Embeddings to codewords: `fit` learns a quantizer, `load` reads the files of a published quantizer.
 
-    quantizer = quantizers.fit(settings, [embedding_ND], seed=0)
-    codewords_NL = quantizer.encode(embedding_ND)
-    quantizers.load(quantizer.to_files())
+    >>> embedding_ND = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32)
+    >>> quantizer = fit(QuantizerSettings(level_sizes=(4, 4)), [embedding_ND], seed=0)
+    >>> codewords_NL = quantizer.encode(embedding_ND)
+    >>> codewords_NL.shape, bool((load(quantizer.to_files()).encode(embedding_ND) == codewords_NL).all())
+    ((200, 2), True)
 
 N items, B items in block, L levels, D embedding width.
 """
@@ -29,7 +31,7 @@ __all__ = ["KINDS", "Quantizer", "fit", "load"]
 KINDS: dict[str, type[Quantizer]] = {
     kind.kind: kind for kind in (ResidualVae, ResidualKMeans, Lsh, Random, Flat)
 }
-"""Every kind that `quantizer.kind` can name."""
+"""Value of `quantizer.kind` -> class."""
 
 
 _logger = logging.getLogger(__name__)
@@ -44,22 +46,22 @@ def fit(
     device: Any = "cpu",
     log: Log = _logger.info,
 ) -> Quantizer:
-    """Learn a quantizer, on this worker alone or together with the others of `torch.distributed`.
+    """Learn a quantizer, on one worker or on all workers of `torch.distributed` together.
 
     Args:
         settings: section `quantizer`.
-        blocks: (B, D) float32 each, together this worker's share of the embeddings, at least one; it is passed
-            over many times, and may read from storage each time.
-        seed: decides everything random.
-        rows: items of all workers, if known; otherwise one more pass counts them.
-        device: where to learn; the quantizer stays there.
-        log: takes one line of progress at a time.
+        blocks: this worker's share of the embeddings, at least one array (B, D) float32. The fit reads the
+            blocks many times; a sequence may load each block from storage on access.
+        seed: of all random choices.
+        rows: number of items of all workers; None to count them in one more pass.
+        device: device of the fit and of the quantizer.
+        log: called with one line of progress at a time.
 
     Returns:
         The frozen quantizer, equal on all workers.
 
     Raises:
-        DataError: an embedding holds NaN or infinity, or there are too few different ones.
+        DataError: an embedding holds NaN or infinity, or too few embeddings are distinct.
     """
     points = Points(blocks, settings, device, rows)
     quantizer = KINDS[settings.kind].fit(settings, points, seed=seed, log=log).to(points.device)
@@ -70,9 +72,9 @@ def fit(
 
 
 def load(files: Mapping[str, bytes]) -> Quantizer:
-    """The quantizer whose `to_files` gave these files, on the CPU.
+    """The quantizer that `Quantizer.to_files` wrote, on the CPU.
 
     Raises:
-        ArtifactError: a file is missing or damaged, or the two do not fit together; the text says where.
+        ArtifactError: a file is missing or damaged, or weights and description disagree; the message says where.
     """
     return read_files(files, KINDS)

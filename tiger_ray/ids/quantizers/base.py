@@ -1,4 +1,4 @@
-"""What every kind of quantizer shares: standardized input, batched encoding, the two files it is kept in.
+"""The base class of all quantizers: standardized input, batched encoding, and the two files of a quantizer.
 
 N items, B items in batch, L levels, C codewords per level, D embedding width.
 """
@@ -36,31 +36,37 @@ Ids: TypeAlias = pa.Array | pa.ChunkedArray
 
 
 Log: TypeAlias = Callable[[str], None]
-"""Takes one line of progress at a time."""
+"""Is called with one line of progress at a time."""
 
 
 BATCH_ROWS = 1024
-"""Rows of each matrix product in `encode`: one shape, so that how items are batched changes no codeword."""
+"""Rows of each matrix product in `encode`. The shape is constant, so that batching changes no codeword."""
 
 
 class Quantizer(nn.Module, ABC):
     """A frozen map from embeddings to codewords.
 
-    A kind adds its tensors as parameters or buffers, its constructor's arguments as `arguments()`, how it is
-    learned as `fit`, and the two maps `_codewords` and `_points` between standardized embeddings and codewords.
+    A subclass adds its tensors as parameters or buffers, its constructor's arguments to `arguments()`, its
+    learning as `fit`, and the maps `_codewords` and `_points` between standardized embeddings and codewords.
 
     Args:
         dim: embedding width D.
         level_sizes: codewords of each level (L,).
+
+    >>> from tiger_ray.ids import quantizers
+    >>> embedding_ND = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32)
+    >>> quantizer = quantizers.fit(QuantizerSettings(level_sizes=(4, 4)), [embedding_ND], seed=0)
+    >>> quantizer.reconstruct(quantizer.encode(embedding_ND)).shape
+    (200, 8)
     """
 
     kind: ClassVar[str]
     mean_D: Tensor
     scale_D: Tensor
     fit_keys: tuple[float, float] = (0.0, 0.0)
-    """First hash and end of the hashes of the embeddings it was learned from; see `was_learned_from`."""
+    """First hash and end of the hashes of embeddings in the sample of `fit`; see `was_learned_from`."""
     version: int = 1
-    """`quantizer.version` it was fitted for: with another one, equal codebooks are still another ID space."""
+    """`quantizer.version` of the fit: equal codebooks of two versions are two ID spaces."""
 
     def __init__(self, dim: int, level_sizes: Sequence[int]) -> None:
         super().__init__()
@@ -76,40 +82,47 @@ class Quantizer(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def fit(cls, settings: QuantizerSettings, points: Points, *, seed: int, log: Log) -> Self:
-        """A quantizer learned from the points of all workers, equal on each of them."""
+        """A quantizer learned from the points of all workers, equal on all workers.
+
+        Args:
+            settings: section `quantizer`.
+            points: this worker's share of the standardized embeddings.
+            seed: of all random choices.
+            log: called with one line of progress at a time.
+        """
 
     @abstractmethod
     def _codewords(self, point_BD: Tensor) -> Tensor:
         """Codewords (B, L) int64 of standardized embeddings (B, D)."""
 
     def _points(self, codewords_BL: Tensor) -> Tensor:
-        """Standardized embeddings (B, D) that codewords stand for: the mean, where they stand for no place."""
+        """Standardized embeddings (B, D) of codewords: the mean, for kinds without a reconstruction."""
         return self.mean_D.new_zeros(len(codewords_BL), self.dim)
 
     def was_learned_from(self, embedding_ND: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-        """Which of these items the fit learned from, provided that they were in its catalog, (N,)."""
+        """True for an embedding of the sample of `fit`, (N,) bool; meaningful for items of the fitted catalog."""
         key_N, (first, end) = row_hash(embedding_ND), self.fit_keys
         return (key_N >= first) & (key_N < end)
 
     def standardize(self, embedding_BD: Tensor) -> Tensor:
-        """Mean 0 and deviation 1 in every dimension; one that was constant in `fit` becomes 0."""
+        """Embeddings (B, D) with mean 0 and deviation 1 in every dimension; a constant dimension becomes 0."""
         return torch.where(self.scale_D > 0, (embedding_BD - self.mean_D) / self.scale_D, 0.0)
 
     @torch.inference_mode()
     def encode(
         self, embedding_ND: npt.NDArray[np.float32], item_id: Ids | None = None
     ) -> npt.NDArray[np.int16]:
-        """Codewords of every item, the same however the items are batched.
+        """Codewords of every item; they do not depend on the other items of the call.
 
         Args:
             embedding_ND: (N, D) float32.
-            item_id: (N,) ids; names bad rows in an error, and is what `random` hashes.
+            item_id: (N,) ids, for messages about bad rows and for the hashes of kind `random`.
 
         Returns:
             (N, L) int16.
 
         Raises:
-            ArtifactError: the embeddings have another width than those the quantizer was fitted on.
+            ArtifactError: the quantizer was fitted on embeddings of another width.
             DataError: an embedding holds NaN or infinity.
         """
         if embedding_ND.ndim != 2 or embedding_ND.shape[1] != self.dim:
@@ -131,7 +144,7 @@ class Quantizer(nn.Module, ABC):
 
     @torch.inference_mode()
     def reconstruct(self, codewords_NL: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
-        """Embeddings that the codewords stand for.
+        """Embeddings of codewords.
 
         Args:
             codewords_NL: (N, L) integer.
@@ -164,7 +177,15 @@ class Quantizer(nn.Module, ABC):
 
 
 def read_files(files: Mapping[str, bytes], kinds: Mapping[str, type[Quantizer]]) -> Quantizer:
-    """The quantizer that `Quantizer.to_files` wrote; see `quantizers.load`."""
+    """The quantizer that `Quantizer.to_files` wrote.
+
+    Args:
+        files: file name -> content.
+        kinds: value of `quantizer.kind` -> class.
+
+    Raises:
+        ArtifactError: a file is missing or damaged, or weights and description disagree; the message says where.
+    """
     for name in (WEIGHTS_FILE, DESCRIPTION_FILE):
         if name not in files:
             raise ArtifactError(f"the quantizer has no file {name}; it has {sorted(files)}")
@@ -214,7 +235,7 @@ def finite_float32(embedding_ND: npt.NDArray[Any], item_id: Ids | None = None) -
     """The embeddings as float32.
 
     Raises:
-        DataError: an embedding holds NaN or infinity; the text names the first items.
+        DataError: an embedding holds NaN or infinity; the message names the first items.
     """
     embedding_ND = np.asarray(embedding_ND, np.float32)
     bad_N = ~np.isfinite(embedding_ND).all(axis=1)

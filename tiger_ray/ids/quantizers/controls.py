@@ -1,4 +1,4 @@
-"""Quantizers without training, the paper's controls: what do Semantic IDs owe to the content, and to RQ-VAE?
+"""Quantizers without training: the paper's controls for the part of content, and of RQ-VAE, in the accuracy.
 
 N items, B items in batch, L levels, D embedding width, H hyperplanes of all levels.
 """
@@ -20,11 +20,17 @@ from tiger_ray.settings.quantizer import QuantizerSettings
 
 
 class Lsh(Quantizer):
-    """Random hyperplanes: each bit of a codeword says on which side of one the embedding lies.
+    """Random hyperplanes: each bit of a codeword is the side of one hyperplane on which the embedding lies.
 
     Source: TIGER, Rajput et al. 2023, section 4.2 and appendix (h = 8 hyperplanes make 256 codewords). Unlike
     the paper, the hyperplanes go through the mean of the embeddings and not through the origin: all text
     embeddings lie on one side of most planes through the origin.
+
+    >>> from tiger_ray.ids import quantizers
+    >>> embedding_ND = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32)
+    >>> settings = QuantizerSettings(kind="lsh", level_sizes=(4, 4))
+    >>> int(quantizers.fit(settings, [embedding_ND], seed=0).encode(embedding_ND).max())
+    3
     """
 
     kind = "lsh"
@@ -37,7 +43,7 @@ class Lsh(Quantizer):
 
     @classmethod
     def fit(cls, settings: QuantizerSettings, points: Points, *, seed: int, log: Log) -> Lsh:
-        """Hyperplanes drawn from the seed."""
+        """Draw the hyperplanes."""
         quantizer = cls(points.dim, settings.level_sizes).to(points.device)
         generator = torch.Generator().manual_seed(seed)
         planes_HD = torch.randn(quantizer.hyperplanes_HD.shape, generator=generator)
@@ -54,10 +60,20 @@ class Lsh(Quantizer):
 
 
 class Random(Quantizer):
-    """Codewords that know nothing of the content: a hash of the item's id.
+    """Codewords without regard to content: hashes of the item's id.
 
-    Source: the random IDs of TIGER, Rajput et al. 2023, section 4.2; a hash, so that an item's codewords do
-    not depend on when it came.
+    Args:
+        dim: embedding width D.
+        level_sizes: codewords of each level (L,).
+        seed: of the hash.
+
+    Source: the random IDs of TIGER, Rajput et al. 2023, section 4.2. Ours: a hash instead of random numbers,
+    so that an item's codewords do not depend on the night of its registration.
+
+    >>> import pyarrow as pa
+    >>> codewords_NL = Random(8, (4, 4), seed=0).encode(np.zeros((2, 8), np.float32), pa.array(["a", "b"]))
+    >>> codewords_NL.shape
+    (2, 2)
     """
 
     kind = "random"
@@ -78,7 +94,7 @@ class Random(Quantizer):
     def encode(
         self, embedding_ND: npt.NDArray[np.float32], item_id: Ids | None = None
     ) -> npt.NDArray[np.int16]:
-        """As `Quantizer.encode`; the ids are required."""
+        """Codewords as in `Quantizer.encode`; `item_id` is required."""
         assert item_id is not None, "random codewords follow from the item's id"
         key_N = splitmix64(stable_hash(item_id), self.seed)
         # A hash modulo a size far below 2**64 is as good as uniform.
@@ -90,9 +106,12 @@ class Random(Quantizer):
 
 
 class Flat(Quantizer):
-    """No codewords at all: the disambiguator alone counts the items, so that each item is one token.
+    """No codewords: the disambiguator counts all items, so each item is one token.
 
     Source: the atomic item ids of conventional sequence models, as a control.
+
+    >>> Flat(8, ()).encode(np.zeros((2, 8), np.float32)).shape
+    (2, 0)
     """
 
     kind = "flat"

@@ -1,8 +1,8 @@
-"""What one worker of a fit sees of the embeddings: its share, in blocks, and sums over all workers.
+"""One worker's share of the embeddings during a fit, in blocks, and sums over all workers.
 
-What is learned must not depend on how many workers there are, nor on who holds which item. So every choice
-of items goes by a hash of the embedding itself, and sums are taken in fixed point, where the order of
-adding does not show. Outside of `torch.distributed` everything here is about one worker that has it all.
+A quantizer must not depend on the number of workers, nor on their shares. Hence every choice of items
+follows from a hash of the embedding, and sums are in fixed point, which is exact in any order. Without
+`torch.distributed` there is one worker with all embeddings.
 
 B items in a block or batch, M items in a sample, D embedding width.
 """
@@ -24,11 +24,11 @@ from tiger_ray.errors import DataError
 from tiger_ray.settings.quantizer import QuantizerSettings
 
 WINDOW_ROWS = 1 << 16
-"""Rows that are shuffled together into random batches."""
+"""Rows that are shuffled together before they are cut into batches."""
 
 
 LEARNING_KINDS = ("rqvae", "residual_kmeans")
-"""Kinds that need at least as many different items as codewords."""
+"""Kinds that need at least as many distinct embeddings as codewords of a level."""
 
 
 _FIXED_POINT_BITS = 62
@@ -41,13 +41,18 @@ class Points:
     """Standardized embeddings of this worker: mean 0 and deviation 1 in every dimension, over all workers.
 
     Args:
-        blocks: (B, D) float32 arrays, together this worker's share; may be read from storage on each pass.
-        settings: `sample_size` and `validation_share` decide which items are learned from.
-        device: where the points are wanted.
-        rows: items of all workers, if that is known; otherwise the blocks are read once to count them.
+        blocks: this worker's share, arrays (B, D) float32; a sequence may load each block on access.
+        settings: section `quantizer`; `sample_size` and `validation_share` choose the items of the fit.
+        device: device of the points.
+        rows: number of items of all workers; None to count them in one more pass.
 
     Raises:
-        DataError: an embedding holds NaN or infinity, or there are too few different ones.
+        DataError: an embedding holds NaN or infinity, or too few embeddings are distinct.
+
+    >>> block_BD = np.random.default_rng(0).normal(3, 2, size=(200, 8)).astype(np.float32)
+    >>> points = Points([block_BD], QuantizerSettings(level_sizes=(4,), validation_share=0), "cpu")
+    >>> bool(points.sample(200, seed=0).mean(0).abs().max() < 1e-6)
+    True
     """
 
     def __init__(
@@ -63,53 +68,55 @@ class Points:
         if rows is None:
             rows = _sum_of_counts([len(block) for block in blocks])
         self.fit_keys = _fit_keys(settings, rows)
-        """First key and end of the keys of items that are learned from; the items below are held out."""
+        """First hash and end of the hashes of embeddings to learn from; those below the first are held out."""
         self._refuse_useless(max(settings.level_sizes) if settings.kind in LEARNING_KINDS else 1)
-        counts = gathered([sum(len(rows) for rows in self._fitted())])
+        counts = gather_over_workers([sum(len(rows) for rows in self._fit_blocks())])
         if min(counts) == 0:
-            # On every worker, or the others would wait for the one that stops.
+            # Stop on every worker, or the others would wait for the worker that stops.
             raise DataError(
                 f"of {len(counts)} workers {counts.count(0)} have no item to learn from ({sum(counts):,} in all); "
-                "lower quantizer.num_workers"
+                f"lower quantizer.num_workers ({len(counts)})"
             )
         self.count = sum(counts)
-        """Items to learn from, of all workers."""
-        largest_D = largest_over_workers(_largest(self._fitted()))
+        """Number of items to learn from, of all workers."""
+        largest_D = largest_over_workers(_largest(self._fit_blocks()))
         _refuse_huge(largest_D)
         self.dim = len(largest_D)
         """Embedding width D."""
         sums = ExactSum(largest_D.max().item(), self.count)
-        mean_D = sums.total(torch.from_numpy(block).double() for block in self._fitted()) / self.count
+        mean_D = sums.total(torch.from_numpy(block).double() for block in self._fit_blocks()) / self.count
         squares = ExactSum(4 * largest_D.max().item() ** 2, self.count)
         variance_D = (
-            squares.total((torch.from_numpy(block).double() - mean_D).square() for block in self._fitted())
+            squares.total(
+                (torch.from_numpy(block).double() - mean_D).square() for block in self._fit_blocks()
+            )
             / self.count
         )
-        # Less than this is what rounding makes of a constant.
+        # Rounding gives a constant dimension a deviation below this bound.
         varies_D = variance_D.sqrt() > 1e-6 * mean_D.abs()
         self.mean_D = mean_D.float().to(self.device)
         self.scale_D = torch.where(varies_D, variance_D.sqrt(), 0.0).float().to(self.device)
 
     def __iter__(self) -> Iterator[Tensor]:
         """This worker's points, (B, D) at a time, in the same order on each pass."""
-        for block in self._fitted():
+        for block in self._fit_blocks():
             yield self.standardize(torch.from_numpy(block).to(self.device))
 
     def standardize(self, embedding_BD: Tensor) -> Tensor:
-        """Mean 0 and deviation 1 in every dimension; one that is constant becomes 0."""
+        """Embeddings (B, D) with mean 0 and deviation 1 in every dimension; a constant dimension becomes 0."""
         return torch.where(self.scale_D > 0, (embedding_BD - self.mean_D) / self.scale_D, 0.0)
 
     def sample(self, size: int, seed: int) -> Tensor:
-        """Random points of all workers, the same ones in the same order on each: (M, D), M at most `size`."""
-        return self._lowest(self._fitted(), size, seed)
+        """Random points of all workers, (M, D) with M at most `size`: equal on all workers."""
+        return self._lowest(self._fit_blocks(), size, seed)
 
     def held_out(self, size: int) -> Tensor:
-        """Points that nothing is learned from, as `sample`; empty with `validation_share` 0."""
+        """Random points outside of the fit, (M, D) with M at most `size`; empty with `validation_share` 0."""
         first, _ = self.fit_keys
         return self._lowest((_select(block, 0, first) for block in self._blocks), size, 0)
 
     def batches(self, size: int, seed: int) -> Iterator[Tensor]:
-        """This worker's points in random batches of (size, D), epoch after epoch without end."""
+        """This worker's points in random batches (size, D), epoch after epoch without end."""
         rng = np.random.default_rng(seed)
         rest = np.empty((0, self.dim), np.float32)
         while True:
@@ -130,11 +137,11 @@ class Points:
         if window:
             yield np.concatenate(window)
 
-    def _fitted(self) -> Iterator[npt.NDArray[np.float32]]:
+    def _fit_blocks(self) -> Iterator[npt.NDArray[np.float32]]:
         return (self._fit_rows(number) for number in range(len(self._blocks)))
 
     def _fit_rows(self, number: int, block: npt.NDArray[np.float32] | None = None) -> npt.NDArray[np.float32]:
-        """Rows of one block that are learned from; kept, as long as there is room."""
+        """Rows of one block to learn from; stays in memory up to `quantizer.memory_mb_per_worker`."""
         if number in self._kept:
             return self._kept[number]
         rows = _select(self._blocks[number] if block is None else block, *self.fit_keys)
@@ -144,12 +151,12 @@ class Points:
         return rows
 
     def _lowest(self, blocks: Iterator[npt.NDArray[np.float32]], size: int, seed: int) -> Tensor:
-        """The `size` rows of all workers whose keys, mixed with the seed, are lowest."""
+        """The `size` rows of all workers with the lowest hashes for this seed."""
         lowest = np.empty((0, self.dim), np.float32)
         for block in blocks:
             rows = np.concatenate([lowest, block])
             lowest = rows[np.argsort(splitmix64(row_hash(rows), seed), kind="stable")[:size]]
-        rows = np.concatenate(gathered([lowest]))
+        rows = np.concatenate(gather_over_workers([lowest]))
         rows = rows[np.argsort(splitmix64(row_hash(rows), seed), kind="stable")[:size]]
         return self.standardize(torch.from_numpy(rows).to(self.device))
 
@@ -160,17 +167,17 @@ class Points:
             bad += (rows + np.flatnonzero(~np.isfinite(block).all(axis=1))[:10]).tolist()
             rows += len(block)
             keys = np.unique(np.concatenate([keys, row_hash(self._fit_rows(number, block))]))[: wanted + 1]
-        bad_everywhere = [row for worker in gathered([bad]) for row in worker]
+        bad_everywhere = [row for worker in gather_over_workers([bad]) for row in worker]
         if bad_everywhere:
             raise DataError(
                 f"embeddings hold NaN or infinity; first rows: {', '.join(map(str, bad_everywhere[:10]))}. "
                 "Look at their text, or at the column named by catalog.vector"
             )
-        distinct = len(np.unique(np.concatenate(gathered([keys]))))
+        distinct = len(np.unique(np.concatenate(gather_over_workers([keys]))))
         items = _sum_of_counts([rows])
         if distinct == 1 and items > 1:
             raise DataError(
-                f"all {items:,} embeddings are equal, so nothing can tell items apart; check catalog.text and "
+                f"all {items:,} embeddings are equal, so no quantizer can separate items; check catalog.text and "
                 "embeddings.encoder, or the column named by catalog.vector"
             )
         if distinct < wanted:
@@ -181,11 +188,14 @@ class Points:
 
 
 class ExactSum:
-    """Sums that are the same in any order and on any number of workers: in 64-bit fixed point.
+    """Sums in 64-bit fixed point, which are equal in any order and on any number of workers.
 
     Args:
-        largest: no number is larger in magnitude.
-        count: no more numbers than this are added up.
+        largest: largest magnitude of a number.
+        count: most numbers in a sum.
+
+    >>> ExactSum(largest=1.0, count=3).total(iter([torch.tensor([[0.5], [0.25]]), torch.tensor([[-1.0]])]))
+    tensor([-0.2500], dtype=torch.float64)
     """
 
     def __init__(self, largest: float, count: int) -> None:
@@ -193,11 +203,11 @@ class ExactSum:
         self._unit = 2.0 ** (bits - _FIXED_POINT_BITS)
 
     def integers(self, number: Tensor) -> Tensor:
-        """The numbers as int64, ready to be added; same shape."""
+        """The numbers in fixed point, int64; same shape."""
         return (number.double() / self._unit).round().long()
 
     def floats(self, total: Tensor) -> Tensor:
-        """A sum of such integers as float64; same shape."""
+        """A sum of `integers` as float64; same shape."""
         return total.double() * self._unit
 
     def total(self, blocks: Iterator[Tensor]) -> Tensor:
@@ -207,17 +217,17 @@ class ExactSum:
 
 
 def total_over_workers(tensor: Tensor) -> Tensor:
-    """Sum of the tensors that all workers give; same shape."""
-    return _reduced(tensor, dist.ReduceOp.SUM)
+    """Elementwise sum of the tensors of all workers; same shape."""
+    return _reduce(tensor, dist.ReduceOp.SUM)
 
 
 def largest_over_workers(tensor: Tensor) -> Tensor:
-    """Elementwise largest of the tensors that all workers give; same shape."""
-    return _reduced(tensor, dist.ReduceOp.MAX)
+    """Elementwise maximum of the tensors of all workers; same shape."""
+    return _reduce(tensor, dist.ReduceOp.MAX)
 
 
-def gathered(values: list[Any]) -> list[Any]:
-    """The small values of all workers, in the order of their ranks."""
+def gather_over_workers(values: list[Any]) -> list[Any]:
+    """The lists of all workers, one after the other in the order of ranks; for small values."""
     if not dist.is_initialized():
         return values
     everybody: list[Any] = [None] * dist.get_world_size()
@@ -225,10 +235,10 @@ def gathered(values: list[Any]) -> list[Any]:
     return [value for worker in everybody for value in worker]
 
 
-def _reduced(tensor: Tensor, operation: Any) -> Tensor:
+def _reduce(tensor: Tensor, operation: Any) -> Tensor:
     if dist.is_initialized():
         device = tensor.device
-        # NCCL reduces on the GPU only.
+        # NCCL reduces tensors on a GPU only.
         tensor = tensor.cuda() if dist.get_backend() == "nccl" else tensor.clone()
         dist.all_reduce(tensor, operation)
         tensor = tensor.to(device)

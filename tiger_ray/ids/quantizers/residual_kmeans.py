@@ -1,10 +1,10 @@
-"""Residual k-means: each level clusters what the levels before it left over.
+"""Residual k-means: each level clusters the residuals of the levels before it.
 
-Clustering happens on the first principal components. In hundreds of dimensions a few outlying items get most
-of the codewords of the later levels for themselves, and all other items share the rest.
+Clustering uses the first principal components: in hundreds of dimensions, a few outlying items would take most
+codewords of the later levels.
 
-Every worker holds a share of the points. A Lloyd step is one pass over them: sums and counts per codeword,
-added up over the workers. The sums are exact, so the codebooks do not depend on who holds which point.
+Every worker holds a share of the points. A Lloyd step is one pass over the points: sums and counts per
+codeword, added up over the workers. The sums are exact, so the codebooks do not depend on the workers' shares.
 
 N items, B items in block, M items in sample, L levels, C codewords per level, D embedding width, E latent
 width, T trials.
@@ -24,34 +24,40 @@ from tiger_ray.ids.quantizers.base import Log, Quantizer
 from tiger_ray.ids.quantizers.points import (
     ExactSum,
     Points,
-    gathered,
+    gather_over_workers,
     largest_over_workers,
     total_over_workers,
 )
 from tiger_ray.settings.quantizer import QuantizerSettings
 
 SCORES_PER_CHUNK = 1 << 23
-"""Point-codeword scores held at once while fitting: 32 MiB."""
+"""Scores of point and codeword in memory together during a fit: 32 MiB."""
 
 
 _FAR = 16.0
-"""Deviations beyond which a coordinate counts as this much in the principal axes."""
+"""Clip coordinates to this many deviations when the principal axes are computed."""
 
 
 MIN_SEED_POINTS = 1 << 14
-"""Points that k-means++ chooses among, at least; a pass over them per codeword is what seeding costs."""
+"""Least number of points that k-means++ chooses from; seeding passes over them once per codeword."""
 
 
 class ResidualKMeans(Quantizer):
-    """Level l holds the k-means centers of the residuals that levels 0 to l - 1 leave.
+    """Level l holds the k-means centers of the residuals of levels 0 to l - 1.
 
     Args:
         dim: embedding width D.
         level_sizes: codewords of each level (L,).
-        latent_dim: principal components E; D of them are the dimensions themselves.
+        latent_dim: number of principal components E; with E = D, the dimensions stay as they are.
 
     Source: Lee et al. 2022 (residual quantization); k-means in place of RQ-VAE as in GRID, Ju et al. 2025;
     the principal components are ours.
+
+    >>> from tiger_ray.ids import quantizers
+    >>> embedding_ND = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32)
+    >>> settings = QuantizerSettings(kind="residual_kmeans", level_sizes=(4, 4))
+    >>> quantizers.fit(settings, [embedding_ND], seed=0).encode(embedding_ND).shape
+    (200, 2)
     """
 
     kind = "residual_kmeans"
@@ -71,7 +77,7 @@ class ResidualKMeans(Quantizer):
 
     @classmethod
     def fit(cls, settings: QuantizerSettings, points: Points, *, seed: int, log: Log) -> ResidualKMeans:
-        """Codebooks learned from the points of all workers, the same on each."""
+        """Learn the codebooks, level by level."""
         latent_dim = min(settings.latent_dim, points.dim)
         quantizer = cls(points.dim, settings.level_sizes, latent_dim).to(points.device)
         if latent_dim < points.dim:
@@ -107,10 +113,10 @@ class ResidualKMeans(Quantizer):
 
 
 def principal_axes(points: Points, count: int) -> Tensor:
-    """The directions in which the points of all workers vary most, (D, E): orthonormal columns, most first.
+    """The first E = `count` principal axes of the points of all workers: orthonormal columns, (D, E) float32.
 
-    The points are rounded to a grid coarse enough for all sums of products to be exact in float64, so the
-    axes do not depend on who holds which point.
+    The points are rounded to a grid that is coarse enough to make all sums of products exact in float64, so
+    the axes do not depend on the workers' shares.
     """
     bits = (52 - 2 * math.ceil(math.log2(_FAR)) - math.ceil(math.log2(points.count))) // 2
     grid = 2.0**-bits
@@ -118,16 +124,16 @@ def principal_axes(points: Points, count: int) -> Tensor:
     for point_BD in points:
         rounded_BD = (point_BD.double().clamp(-_FAR, _FAR) / grid).round() * grid
         square_DD += rounded_BD.T @ rounded_BD
-    # On the CPU, where it is the same on every machine of a cluster.
+    # The CPU gives the same result on every machine of a cluster.
     vector_DD = torch.linalg.eigh(total_over_workers(square_DD).cpu())[1]
     axes_DE = vector_DD.flip(1)[:, :count]
-    # An axis has two directions; which one comes out must not be an accident.
+    # Fix the sign of each axis, which eigh leaves open.
     largest_E = axes_DE.abs().argmax(dim=0)
     return (axes_DE * axes_DE.gather(0, largest_E[None]).sign()).float().to(points.device)
 
 
 def residual_codewords(point_BD: Tensor, codebooks: Iterable[Tensor]) -> Tensor:
-    """Greedy residual codewords (B, L) int64: at each level the nearest to what is left."""
+    """Greedy residual codewords (B, L) int64: each level takes the codeword nearest to the residual."""
     codewords = []
     for codebook_CD in codebooks:
         codewords.append(nearest(point_BD, codebook_CD))
@@ -136,20 +142,20 @@ def residual_codewords(point_BD: Tensor, codebooks: Iterable[Tensor]) -> Tensor:
 
 
 def residual(point_BD: Tensor, codebooks: Iterable[Tensor]) -> Tensor:
-    """What the codebooks leave over of the points, (B, D)."""
+    """Points minus the nearest codeword of each codebook in turn, (B, D)."""
     for codebook_CD in codebooks:
         point_BD = point_BD - codebook_CD[nearest(point_BD, codebook_CD)]
     return point_BD
 
 
 def sum_of_codewords(codewords_BL: Tensor, codebooks: Iterable[Tensor]) -> Tensor:
-    """Points (B, D) that residual codewords stand for."""
+    """Points (B, D) as the sums of their codewords."""
     levels = [codebook_CD[codewords_BL[:, level]] for level, codebook_CD in enumerate(codebooks)]
     return torch.stack(levels).sum(dim=0)
 
 
 def nearest(point_ND: Tensor, codebook_CD: Tensor) -> Tensor:
-    """Index (N,) int64 of the codeword nearest to each point; of equally near ones the first."""
+    """Index of the codeword nearest to each point, (N,) int64; the first of equally near codewords."""
     half_norm_C = codebook_CD.square().sum(dim=1) / 2
     chunk = max(1, SCORES_PER_CHUNK // len(codebook_CD))
     return torch.cat(
@@ -168,14 +174,14 @@ def kmeans(
     num_iterations: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """k-means centers by Lloyd's algorithm from greedy k-means++ seeds, the same on every worker.
+    """k-means centers by Lloyd's algorithm from greedy k-means++ seeds, equal on every worker.
 
     Args:
-        blocks: starts a pass over this worker's points, (B, D) float32 at a time.
-        sample_MD: points to choose the seeds from, the same on every worker, M at least 1.
-        num_codewords: centers C.
-        num_iterations: Lloyd steps at most; it stops earlier once no center moves.
-        generator: on the CPU, whatever the device of the points, in the same state on every worker.
+        blocks: called once per pass; gives this worker's points, (B, D) float32 at a time.
+        sample_MD: candidates for the seeds, (M, D) with M at least 1, equal on every worker.
+        num_codewords: number of centers C.
+        num_iterations: most Lloyd steps; the loop ends earlier if no center moves.
+        generator: of the CPU, also for points on a GPU; its state must be equal on every worker.
 
     Returns:
         (C, D) float32. With fewer than C distinct points, some centers repeat.
@@ -208,13 +214,13 @@ def _seeds(point_MD: Tensor, num_codewords: int, generator: torch.Generator) -> 
         squared_MT = torch.minimum(squared_MT.clamp(min=0), distance_M[:, None])
         best = squared_MT.sum(dim=0).argmin()
         distance_M = squared_MT[:, best]
-        distance_M[row_T[best]] = 0  # rounding must not leave a chosen point some mass
+        distance_M[row_T[best]] = 0  # rounding may give a chosen point a distance from itself
         chosen.append(candidate_TD[best][None])
     return torch.cat(chosen)
 
 
 def _lloyd_step(blocks: Iterable[Tensor], codebook_CD: Tensor, sums: ExactSum) -> Tensor:
-    """The means of the points nearest to each center; a center without points moves to the farthest point."""
+    """Means of the points nearest to each center; a center without points moves to the farthest point."""
     num_codewords = len(codebook_CD)
     sum_CD = torch.zeros_like(codebook_CD, dtype=torch.int64)
     count_C = torch.zeros(num_codewords, dtype=torch.int64, device=codebook_CD.device)
@@ -231,11 +237,11 @@ def _lloyd_step(blocks: Iterable[Tensor], codebook_CD: Tensor, sums: ExactSum) -
     mean_CD = (sums.floats(sum_CD) / count_C.clamp(min=1)[:, None]).float()
     empty = torch.nonzero(count_C == 0).flatten().tolist()
     if empty:
-        everybody = [torch.from_numpy(part) for part in gathered([far_MD.cpu().numpy()])]
+        everybody = [torch.from_numpy(part) for part in gather_over_workers([far_MD.cpu().numpy()])]
         candidate_MD = torch.cat(everybody).to(codebook_CD.device)
         distance_M = (candidate_MD - codebook_CD[nearest(candidate_MD, codebook_CD)]).square().sum(dim=1)
         for codeword in empty:
-            # Equal points at equal distance may sit on any worker: which one is taken makes no difference.
+            # Equal points have equal distances, so their order over the workers does not matter.
             mean_CD[codeword] = candidate_MD[distance_M.argmax()]
             distance_M = torch.minimum(distance_M, (candidate_MD - mean_CD[codeword]).square().sum(dim=1))
     return mean_CD
@@ -247,7 +253,7 @@ def _farthest(point_MD: Tensor, distance_M: Tensor, count: int) -> tuple[Tensor,
 
 
 def _variance_left(points: Points, axes_DE: Tensor, codebooks: Sequence[Tensor] | nn.ParameterList) -> float:
-    """Share of the variance of the principal components that the codebooks leave over."""
+    """Variance of the residuals as a share of the variance of the principal components."""
     sums = np.zeros(2)
     for point_BD in points:
         latent_BE = point_BD @ axes_DE

@@ -31,11 +31,11 @@ from tiger_ray.ids.quantizers.residual_kmeans import (
 from tiger_ray.settings.quantizer import QuantizerSettings
 
 CHECK_EVERY_EPOCHS = 10
-"""Epochs between two looks at the held-out items, and between two rescues of unused codewords."""
+"""Epochs between two measurements on held-out items, and between two moves of unused codewords."""
 
 
 START_POINTS = 1 << 14
-"""Items whose latents the codebooks start from, and those that unused codewords are moved to."""
+"""Number of items for the first codebooks, for moving unused codewords, and of held-out items."""
 
 
 class ResidualVae(Quantizer):
@@ -48,8 +48,15 @@ class ResidualVae(Quantizer):
         hidden_dims: widths of the encoder's hidden layers, mirrored in the decoder.
 
     Source: TIGER, Rajput et al. 2023, section 3.1; Lee et al. 2022. Unlike the paper: standardized input,
-    AdamW in place of Adagrad, unused codewords moved to residuals of random items, and an end when the
-    reconstruction of held-out items no longer improves.
+    AdamW in place of Adagrad, unused codewords moved to residuals of random items, and an end of training
+    when the reconstruction of held-out items no longer improves.
+
+    >>> import numpy as np
+    >>> from tiger_ray.ids import quantizers
+    >>> embedding_ND = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32)
+    >>> settings = QuantizerSettings(kind="rqvae", level_sizes=(4, 4), hidden_dims=(8,), num_epochs=2)
+    >>> quantizers.fit(settings, [embedding_ND], seed=0).encode(embedding_ND).shape
+    (200, 2)
     """
 
     kind = "rqvae"
@@ -71,7 +78,7 @@ class ResidualVae(Quantizer):
 
     @classmethod
     def fit(cls, settings: QuantizerSettings, points: Points, *, seed: int, log: Log) -> ResidualVae:
-        """Weights and codebooks learned from the points of all workers, the same on each."""
+        """Train encoder, codebooks and decoder on the points of all workers."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(points.dim, settings.level_sizes, settings.latent_dim, settings.hidden_dims)
@@ -115,7 +122,7 @@ class ResidualVae(Quantizer):
         return model
 
     def forward(self, point_BD: Tensor, commitment_weight: float) -> Tensor:
-        """Training loss (): reconstruction, codebooks and commitment; gradients pass straight through."""
+        """Training loss (): reconstruction, codebooks and commitment, with a straight-through gradient."""
         latent_BE = self.encoder(point_BD)
         residual_BE, losses = latent_BE, []
         for codebook_CE in self.codebooks:
@@ -130,12 +137,12 @@ class ResidualVae(Quantizer):
 
     @torch.no_grad()
     def reconstruction_error(self, point_MD: Tensor) -> float:
-        """Mean squared error of points from their codewords."""
+        """Mean squared difference between points (M, D) and their reconstructions."""
         return functional.mse_loss(self._points(self._codewords(point_MD)), point_MD).item()
 
     @torch.no_grad()
     def start_codebooks(self, point_MD: Tensor, generator: torch.Generator) -> None:
-        """Each codebook becomes the k-means centers of the residuals of these points."""
+        """Set each codebook to the k-means centers of the residuals of these points, (M, D)."""
         residual_ME = self.encoder(point_MD)
         for codebook_CE in self.codebooks:
             one_block = partial(iter, [residual_ME])
@@ -149,9 +156,12 @@ class ResidualVae(Quantizer):
     def move_unused(
         self, point_MD: Tensor, optimizer: torch.optim.Optimizer, generator: torch.Generator
     ) -> None:
-        """Codewords that none of these points takes go to the residuals of random ones of them.
+        """Move codewords that no point uses to the residuals of random points.
 
-        The points, and so what happens to the codebooks, are the same on every worker.
+        Args:
+            point_MD: standardized embeddings, (M, D), equal on every worker, so that the codebooks stay equal.
+            optimizer: AdamW, whose moments of the moved codewords become 0.
+            generator: of the CPU; its state must be equal on every worker.
         """
         residual_ME = self.encoder(point_MD)
         for codebook_CE in self.codebooks:
@@ -172,7 +182,7 @@ class ResidualVae(Quantizer):
 
 
 def make_optimizer(model: ResidualVae, settings: QuantizerSettings) -> torch.optim.AdamW:
-    """AdamW; decay would pull codewords off the residuals they stand for."""
+    """AdamW without weight decay of the codebooks: decay would pull codewords away from their residuals."""
     groups: list[dict[str, Any]] = [
         {"params": [*model.encoder.parameters(), *model.decoder.parameters()]},
         {"params": list(model.codebooks), "weight_decay": 0.0},
