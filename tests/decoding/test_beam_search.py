@@ -18,11 +18,11 @@ from tiger_ray.core import hashing
 from tiger_ray.core.arrays import best_first, ranges
 from tiger_ray.decoding import trie
 from tiger_ray.decoding.beam_search import beam_search, best_places
-from tiger_ray.decoding.cuda_graphs import padded, power_of_two
+from tiger_ray.decoding.cuda_graphs import pad_to_shape, power_of_two
 from tiger_ray.decoding.decoder import Decoder
 from tiger_ray.decoding.inference import InferenceModel
 from tiger_ray.decoding.sampling import Draw, gumbel, splitmix64
-from tiger_ray.decoding.trie import Closed, Trie
+from tiger_ray.decoding.trie import Barred, Trie
 from tiger_ray.errors import ArtifactError
 from tiger_ray.model.t5 import TigerModel
 from tiger_ray.model.tokens import Vocabulary
@@ -462,10 +462,10 @@ def test_no_step_of_the_search_asks_for_a_value(sample, table_bytes, monkeypatch
     model = InferenceModel(MODEL, torch.bfloat16, "meta")
     history_BT = torch.ones(5, 24, dtype=torch.int64, device="meta")
     place_E = torch.ones(7, dtype=torch.int64, device="meta")
-    closed = (Closed(place_E, place_E, place_E),) * 4
+    barred = (Barred(place_E, place_E, place_E),) * 4
     seed_B = torch.ones(5, dtype=torch.int64, device="meta") if sample else None
     with torch.inference_mode():
-        found_BW, score_BW = beam_search(model, valid, history_BT, 9, closed, seed_B)
+        found_BW, score_BW = beam_search(model, valid, history_BT, 9, barred, seed_B)
     assert found_BW.shape == score_BW.shape == (5, 9)
     with pytest.raises(RuntimeError, match="meta"):
         bool(found_BW.any())
@@ -486,10 +486,10 @@ def test_padding_for_a_gpu_changes_no_answer(seed, exclude_history, sample, with
     shapes = []
 
     def search(*arguments):
-        inputs, rebuild = padded(*arguments)
+        inputs, rebuild = pad_to_shape(*arguments)
         shapes.append([tuple(tensor.shape) for tensor in inputs])
-        history_BT, closed, seed_B = rebuild(inputs)
-        found_BW, score_BW = beam_search(decoder.model, decoder.trie, history_BT, 6, closed, seed_B)
+        history_BT, barred, seed_B = rebuild(inputs)
+        found_BW, score_BW = beam_search(decoder.model, decoder.trie, history_BT, 6, barred, seed_B)
         return found_BW[: len(arguments[0])], score_BW[: len(arguments[0])]
 
     decoder._recorded = search

@@ -60,7 +60,7 @@ def test_closed_nodes_are_those_with_every_leaf_excluded(catalog, excluded):
     excluded = [[item for item in items if item < len(codes_NI)] for items in excluded]
     user_E = torch.tensor([user for user, items in enumerate(excluded) for _ in items], dtype=torch.int64)
     item_E = [item for items in excluded for item in items]
-    closed = trie.closed(torch.from_numpy(codes_NI[item_E].astype(np.int64)), user_E)
+    barred = trie.find_barred(torch.from_numpy(codes_NI[item_E].astype(np.int64)), user_E)
     for depth in range(1, 4):
         prefixes = sorted({tuple(codes_NI[item, :depth].tolist()) for item in np.flatnonzero(eligible_N)})
         expected = {
@@ -73,7 +73,7 @@ def test_closed_nodes_are_those_with_every_leaf_excluded(catalog, excluded):
             )
         }
         found = []
-        for user, node, nth in zip(*(column.tolist() for column in closed[depth - 1]), strict=True):
+        for user, node, nth in zip(*(column.tolist() for column in barred[depth - 1]), strict=True):
             child, _ = trie.edges[depth - 1].follow(torch.tensor([[node]]), torch.tensor([[nth]]))
             found.append((user, prefixes[int(child)]))
         assert len(found) == len(set(found))

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.tiny_models import VOCABULARY, padded_batch, tiny_model
 from tiger_ray.errors import ArtifactError
-from tiger_ray.model.cpu_kernels import kept
+from tiger_ray.model.cpu_kernels import dropout_mask
 from tiger_ray.model.t5 import EPSILON, Dropout, FeedForward, Norm, TigerModel
 from tiger_ray.model.tokens import Vocabulary
 from tiger_ray.settings.model import ModelSettings
@@ -104,7 +104,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean_and_the_seed(dtype):
 
 def test_dropout_of_nearly_everything_leaves_nearly_nothing():
     """Its bound is a 16-bit number, which would come around to all of them."""
-    assert kept(torch.Size([1000]), 0.9999999).sum() < 5
+    assert dropout_mask(torch.Size([1000]), 0.9999999).sum() < 5
 
 
 def test_dropout_passes_gradients_where_it_passed_values():
@@ -121,7 +121,7 @@ def test_the_feed_forward_layer_drops_by_its_mask_and_has_the_gradient_of_that(d
     torch.manual_seed(1)
     ours = layer(hidden)
     torch.manual_seed(1)
-    expected = layer.wo(layer.wi(hidden).relu() * kept(torch.Size([5, 7, 33]), 0.3) / 0.7)
+    expected = layer.wo(layer.wi(hidden).relu() * dropout_mask(torch.Size([5, 7, 33]), 0.3) / 0.7)
     torch.testing.assert_close(ours, expected)
     gradients, theirs = (
         torch.autograd.grad(y.square().sum(), (hidden, layer.wi.weight, layer.wo.weight))

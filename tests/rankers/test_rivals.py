@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from tiger_ray.errors import ArtifactError, SettingsError
-from tiger_ray.model.sasrec import NO_ITEM, SasrecModel, padded
+from tiger_ray.model.sasrec import NO_ITEM, SasrecModel, pad_left
 from tiger_ray.rankers import base as rankers_base
 from tiger_ray.rankers import index as retrieval
 from tiger_ray.rankers.base import without_newest
@@ -320,7 +320,7 @@ def gradients(model, loss):
 def test_vectors_and_gradients_are_those_of_the_formulas_written_out(changed):
     model = sasrec(**changed)
     histories = HISTORIES[:6]
-    history_BT = padded(*joined([history[-5:] for history in histories]))
+    history_BT = pad_left(*joined([history[-5:] for history in histories]))
     expected_BD = torch.stack([written_out(model, history) for history in histories])
     torch.testing.assert_close(model.users(history_BT), expected_BD, rtol=1e-4, atol=1e-5)
 
@@ -368,7 +368,7 @@ def test_no_place_sees_a_later_one():
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
 def test_the_softmax_loss_is_the_cross_entropy_over_all_items(label_smoothing):
     model = sasrec()
-    history_BT, target_B = padded(*joined(HISTORIES[:4])), torch.tensor([3, 0, 36, 3])
+    history_BT, target_B = pad_left(*joined(HISTORIES[:4])), torch.tensor([3, 0, 36, 3])
     loss_BI = model(history_BT, target_B, label_smoothing).detach()
     assert loss_BI.shape == (4, 1)
     score_BN = model.users(history_BT).detach().numpy() @ model.item.weight.detach().numpy().T

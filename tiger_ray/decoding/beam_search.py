@@ -1,11 +1,10 @@
-"""Constrained beam search: model and trie to ranked items, none of them invalid or ineligible.
+"""Constrained beam search: model and trie to ranked items, which are all valid and eligible.
 
-B users in batch, T history tokens, I id_length, W beams, M candidates of one beam, C codewords of a level,
-N items, E events of all users; K only for top-K.
+B users in batch, T history tokens, I id_length, W beams, M candidates of one beam, P = W M candidates of a user,
+E barred candidates of all users.
 
-Beams are trie nodes. At each level a beam may only go on to its node's children, and the W best
-children over all beams of a user are kept. Between levels the beams are sorted by Semantic ID, so that
-equal scores are broken by the lower Semantic ID, always.
+A beam is a node of the trie. At each level the search keeps the W best children of all beams of a user.
+Between levels the beams are sorted by Semantic ID, so that of equal scores the lower Semantic ID comes first.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from torch import Tensor
 
 from tiger_ray.decoding.inference import InferenceModel
 from tiger_ray.decoding.sampling import Draw
-from tiger_ray.decoding.trie import Closed, Trie
+from tiger_ray.decoding.trie import Barred, Trie
 from tiger_ray.model.tokens import PAD
 
-Search = Callable[[Tensor, tuple[Closed, ...] | None, Tensor | None], tuple[Tensor, Tensor]]
-"""Histories, what is closed, seeds -> item_index and score, as `beam_search`."""
+Search = Callable[[Tensor, tuple[Barred, ...] | None, Tensor | None], tuple[Tensor, Tensor]]
+"""Histories, barred candidates, seeds -> item_index and score, as in `beam_search`."""
 
 
 def beam_search(
@@ -29,25 +28,25 @@ def beam_search(
     trie: Trie,
     history_BT: Tensor,
     beam_width: int,
-    closed: tuple[Closed, ...] | None = None,
+    barred: tuple[Barred, ...] | None = None,
     seed_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The items whose Semantic IDs are the most probable continuation of each history, or a draw of them.
+    """The items with the most probable Semantic IDs after each history, or a random draw of items.
 
     Args:
         model: on the device of `trie` and `history_BT`.
-        trie: Semantic IDs that may come out.
+        trie: Semantic IDs of the eligible items.
         history_BT: token ids, (B, T) int64, PAD after the end.
-        beam_width: candidates kept per level W; exact if it is at least the number of eligible items.
-        closed: what is barred for some users, of `Trie.closed`; None: nothing.
-        seed_B: draw W items without replacement, each codeword by its probability among those that some
-            allowed item goes on with; the draw follows from this number and the user's history alone,
-            (B,) int64. None: the most probable ones.
+        beam_width: W; the search is exact if W is at least the number of eligible items.
+        barred: candidates to leave out for some users, from `Trie.find_barred`, one entry per level; None: none.
+        seed_B: one seed per user, (B,) int64, to draw W items without replacement; None for the most probable
+            items. Each codeword is drawn by its probability among the codewords of allowed items. The draw
+            depends on the seed and the user's history only.
 
     Returns:
-        item_index, (B, W) int64, best first (or first drawn), -1 after the last; and score, (B, W) float32,
-        natural log probability of the whole Semantic ID, -inf where there is no item. Without seeds equal
-        scores come in the order of the Semantic IDs.
+        item_index, (B, W) int64, best first (or first drawn), -1 after the last item; and score, (B, W)
+        float32, natural log probability of the whole Semantic ID, -inf after the last item. Without seeds,
+        equal scores are in the order of Semantic IDs.
 
     Source: TIGER (arXiv 2305.05065) section 3.3 for beam search; Kool et al. 2019 (arXiv 1903.06059) for the
     draw; the trie constraint is ours.
@@ -60,8 +59,8 @@ def beam_search(
     draw = None if seed_B is None else Draw(seed_B)
     for level, edges in enumerate(trie.edges):
         log_prob_BWM = edges.candidates(node_BW, model.next_log_probs(token_BW, state))
-        if closed is not None:
-            close(log_prob_BWM, node_BW, closed[level])
+        if barred is not None:
+            bar(log_prob_BWM, node_BW, barred[level])
         score_BP = (score_BW[..., None] + log_prob_BWM).flatten(1)
         rank_BP = score_BP
         if draw is not None:
@@ -69,7 +68,7 @@ def beam_search(
         place_BW = best_places(rank_BP, min(beam_width, edges.num_children))
         is_last = level + 1 == len(trie.edges)
         if not is_last:
-            place_BW = place_BW.sort().values  # by Semantic ID again
+            place_BW = place_BW.sort().values  # the order of Semantic IDs
         beam_BW, nth_BW = place_BW // edges.num_candidates, place_BW % edges.num_candidates
         score_BW = score_BP.gather(1, place_BW)
         node_BW, code_BW = edges.follow(node_BW.gather(1, beam_BW), nth_BW)
@@ -86,20 +85,26 @@ def beam_search(
     )
 
 
-def close(log_prob_BWM: Tensor, node_BW: Tensor, closed: Closed) -> None:
-    """Bar candidates of some users, in place."""
+def bar(log_prob_BWM: Tensor, node_BW: Tensor, barred: Barred) -> None:
+    """Set the log-probabilities of barred candidates to -inf, in place.
+
+    Args:
+        log_prob_BWM: of each candidate, (B, W, M) float32; changed.
+        node_BW: node of each beam, (B, W) int64.
+        barred: candidates of this level.
+    """
     _, width, num_candidates = log_prob_BWM.shape
-    at_EW = node_BW[closed.user_E] == closed.node_E[:, None]
-    beam_EW = closed.user_E[:, None] * width + torch.arange(width, device=node_BW.device)
-    place_EW = beam_EW * num_candidates + closed.nth_E[:, None]
-    # no list of places where something is: its length would have to be waited for
+    at_EW = node_BW[barred.user_E] == barred.node_E[:, None]
+    beam_EW = barred.user_E[:, None] * width + torch.arange(width, device=node_BW.device)
+    place_EW = beam_EW * num_candidates + barred.nth_E[:, None]
+    # Avoid nonzero(): its data-dependent size would force a GPU sync.
     bar_EW = torch.where(at_EW, -torch.inf, 0.0)
     log_prob_BWM.view(-1).index_add_(0, place_EW.flatten(), bar_EW.flatten())
 
 
 def best_places(score_BP: Tensor, count: int) -> Tensor:
-    """Places of the highest scores, best first, of equal ones the lowest, (B, count) int64."""
-    # topk breaks ties as it likes, so rank by one integer: the score's bits in its order, then the place
+    """Places of the `count` highest scores, (B, count) int64, best first; of equal scores the lowest place."""
+    # topk leaves the order of ties open, so rank by one integer: the bits of the score, then the place.
     bits_BP = score_BP.view(torch.int32)
     ordered_BP = torch.where(bits_BP < 0, bits_BP ^ 0x7FFFFFFF, bits_BP).long()
     last = score_BP.shape[1] - 1

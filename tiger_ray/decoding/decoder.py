@@ -1,6 +1,7 @@
 """Model, Semantic IDs and trie in one process: histories in, ranked item indices out.
 
-B histories, K items each, E items of all histories one after the other, N items, I id_length.
+B histories, K items of a list, E items of all histories one after the other, X excluded items of all histories,
+W beams, T history tokens, N items, I id_length. A small b is a batch of the B histories.
 """
 
 from __future__ import annotations
@@ -24,13 +25,33 @@ from tiger_ray.model.tokens import pad_histories
 from tiger_ray.settings.decoding import DecodingSettings
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 262_144}
-"""History tokens and beams decoded at once, if the settings do not say: fits the caches, fills the GPU."""
+"""Default of `decoding.batch_tokens`, history tokens and beams of a batch: fits a CPU's caches, fills a GPU."""
 
 
 class Decoder:
-    """Recommends items: a model, the Semantic IDs it may write, and how to decode.
+    """Recommends items with a model: constrained beam search over the Semantic IDs of the eligible items.
 
-    On a CPU each of torch's threads decodes batches of its own, which is faster than sharing one.
+    On a CPU each of torch's threads decodes its own batches, which is faster than sharing each batch.
+
+    Args:
+        model: trained on the ID space of `codes_NI`; it stays unchanged.
+        codes_NI: Semantic IDs by item_index, (N, I) int16.
+        eligible_N: true for an item that may be recommended, (N,) bool.
+        settings: section `decoding`: beam width, precision and batch size.
+        device: device of the computation.
+
+    Raises:
+        ArtifactError: model and Semantic IDs belong to different ID spaces.
+        DataError: no item is eligible.
+
+    >>> from tiger_ray.model.tokens import Vocabulary
+    >>> from tiger_ray.settings.model import ModelSettings
+    >>> codes_NI = np.array([[0, 0], [1, 0], [1, 1]], np.int16)
+    >>> model = TigerModel(ModelSettings(num_layers=1, d_model=16), Vocabulary((2, 2))).eval()
+    >>> decoder = Decoder(model, codes_NI, np.array([True, False, True]), DecodingSettings(beam_width=3))
+    >>> found_BK, score_BK = decoder.recommend(np.array([0, 1], np.int32), np.array([2]), None, 3)
+    >>> sorted(found_BK[0].tolist())
+    [-1, 0, 2]
     """
 
     def __init__(
@@ -41,19 +62,6 @@ class Decoder:
         settings: DecodingSettings,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Get ready to decode.
-
-        Args:
-            model: trained on the ID space of `codes_NI`; it is left as it is.
-            codes_NI: Semantic IDs by item_index, (N, I) int16.
-            eligible_N: may the item be recommended, (N,) bool.
-            settings: beam width, precision and batch size.
-            device: where to decode.
-
-        Raises:
-            ArtifactError: model and Semantic IDs belong to different ID spaces.
-            DataError: no item is eligible.
-        """
         self.device = torch.device(device)
         self.settings = settings
         model.vocabulary.require_codes(codes_NI)
@@ -62,16 +70,17 @@ class Decoder:
         self.model = InferenceModel(model, dtype, self.device, settings.temperature)
         self.trie = Trie.build(codes_NI, eligible_N).to(self.device)
         self._batch_tokens = settings.batch_tokens or BATCH_TOKENS[self.device.type]
-        # of an excluded item, compared with each beam and with each child that is listed, beside that of a token
+        # Memory of one excluded item, in units of one token's.
         lists = [edges.num_candidates for edges in self.trie.edges if edges.code is not None]
         self._tokens_per_excluded = max(settings.beam_width, *lists, 0) / 1024
         self._recorded: Search | None = None
         if self.device.type == "cuda":
             inference, trie, width = self.model, self.trie, settings.beam_width
-            # nothing of `self`: in a cycle the graphs would keep gigabytes until Python looks for cycles
+            # The lambda must not hold `self`: a reference cycle would keep the graphs' gigabytes until Python
+            # collects cycles.
             self._recorded = RecordedSearch(
-                lambda history_BT, closed, seed_B: beam_search(
-                    inference, trie, history_BT, width, closed, seed_B
+                lambda history_BT, barred, seed_B: beam_search(
+                    inference, trie, history_BT, width, barred, seed_B
                 )
             )
         if self.device.type == "cpu":
@@ -87,20 +96,20 @@ class Decoder:
         exclude_history: bool = False,
         seed_B: npt.NDArray[np.int64] | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """The k best items of each user, or k that are drawn.
+        """The k best items of each user, or k random items.
 
         Args:
             item_index: items of all histories one after the other, each oldest first, (E,) int32.
             lengths_B: items per history, (B,) integer, at least 1; the model reads the last
-                `model.max_history` of them.
-            user_buckets_B: hash bucket of each user, (B,) integer; None: no user token.
+                `model.max_history` items.
+            user_buckets_B: hash bucket of each user, (B,) integer; None for a model without user tokens.
             k: items per user, at most `decoding.beam_width`.
-            exclude_history: leave out the items of the whole history.
-            seed_B: draw without replacement by these seeds of the users, (B,) int64; None: the best.
+            exclude_history: leave out all items of the user's history.
+            seed_B: one seed per user, (B,) int64, to draw items without replacement; None for the best items.
 
         Returns:
-            item_index, (B, k) int64, best first or first drawn, -1 after the last; and score, (B, k)
-            float32, natural log probability, -inf where there is no item.
+            item_index, (B, k) int64, best first or first drawn, -1 after the last item; and score, (B, k)
+            float32, natural log probability, -inf after the last item.
 
         Raises:
             ValueError: `k` is more than the beam width.
@@ -138,13 +147,13 @@ class Decoder:
             with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
                 list(pool.map(decode, batches))
         finally:
-            torch.set_num_threads(threads)  # what a thread sets, threads to come inherit
+            torch.set_num_threads(threads)  # the pool's setting of 1 applies to later threads, too
         return found_BK, score_BK
 
     def _batches(
         self, read_B: npt.NDArray[np.int64], excluded_B: npt.NDArray[np.int64]
     ) -> Iterator[npt.NDArray[np.int64]]:
-        """Users of about one history length, as many as the budget of tokens allows, longest first."""
+        """Batches of users with similar history lengths, within the budget of tokens, longest first."""
         vocabulary, budget = self.model.vocabulary, self._batch_tokens
         by_length_B = np.argsort(-read_B, kind="stable")
         excluded_B = (excluded_B[by_length_B] * self._tokens_per_excluded).astype(np.int64)
@@ -159,7 +168,7 @@ class Decoder:
             used += np.cumsum(excluded_B[first : first + most])
             count = max(1, int(np.searchsorted(used, budget, side="right")))
             if self._recorded is not None:
-                count = 1 << (count.bit_length() - 1)  # or padding would exceed the budget
+                count = 1 << (count.bit_length() - 1)  # padding of users must not exceed the budget
             yield by_length_B[first : first + count]
             first += count
 
@@ -172,7 +181,7 @@ class Decoder:
         excluded: tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]] | None,
         seed_B: npt.NDArray[np.int64] | None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """One batch."""
+        """Decode one batch; `excluded` holds items, (X,), and their users, (X,)."""
         vocabulary = self.model.vocabulary
         user_tokens = None
         if user_buckets_B is not None:
@@ -181,16 +190,18 @@ class Decoder:
             vocabulary.tokens(self.codes_NI[item_E]), torch.from_numpy(lengths_B), user_tokens
         )
         with torch.inference_mode():
-            closed = None
+            barred = None
             if excluded is not None:
                 item_X, user_X = excluded
                 codes_XI = torch.from_numpy(self.codes_NI[item_X].astype(np.int64))
-                closed = self.trie.closed(codes_XI.to(self.device), torch.from_numpy(user_X).to(self.device))
+                barred = self.trie.find_barred(
+                    codes_XI.to(self.device), torch.from_numpy(user_X).to(self.device)
+                )
             seed = None if seed_B is None else torch.from_numpy(seed_B).to(self.device)
             history_BT = history_BT.to(self.device)
             if self._recorded is not None:
-                found_BW, score_BW = self._recorded(history_BT, closed, seed)
+                found_BW, score_BW = self._recorded(history_BT, barred, seed)
             else:
                 width = self.settings.beam_width
-                found_BW, score_BW = beam_search(self.model, self.trie, history_BT, width, closed, seed)
+                found_BW, score_BW = beam_search(self.model, self.trie, history_BT, width, barred, seed)
             return found_BW[:, :k].cpu().numpy(), score_BW[:, :k].cpu().numpy()

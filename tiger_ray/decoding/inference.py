@@ -1,17 +1,17 @@
-"""A trained model laid out for decoding: the numbers of `TigerModel`, in a fraction of the time.
+"""A trained model arranged for decoding: the results of `TigerModel` in a fraction of its time.
 
 B users in batch, T history tokens, I id_length, W beams, S levels written so far, V vocabulary, C codewords
 of a level, D model width, H heads, K width of a head, A = H x K.
 
-What it does that the model's own `forward` does not:
+Differences from `TigerModel.forward`:
 
 - a history is encoded once, and its cross-attention keys and values serve all beams of the user;
-- keys and values of codewords written before follow their beam by index;
-- the first layers look their projections up by token, because they depend on nothing else;
-- scales of norms are part of the weights behind them, products of one input are one product, and weights
+- keys and values of earlier codewords follow their beam by index;
+- the first layers look up their projections by token, because these depend on the token only;
+- scales of norms are multiplied into the next weights, products of one input are one product, and weights
   are packed once.
 
-Matrix products are in the precision asked for; the residual stream and the logits are in float32.
+Matrix products are in the given precision; the residual stream and the logits are in float32.
 
 Source: ours; the idea of one memory for all beams is that of xGR (arXiv 2512.11529) for decoder-only models.
 """
@@ -38,7 +38,7 @@ from tiger_ray.model.t5 import (
 from tiger_ray.model.tokens import PAD
 
 LENGTH_MULTIPLE = 16
-"""Tokens that histories may be padded to a multiple of, beyond `max_history`."""
+"""Padded histories may exceed `max_history` up to the next multiple of this number of tokens."""
 
 
 Linear = Callable[[Tensor], Tensor]
@@ -48,10 +48,17 @@ class InferenceModel:
     """Encoder and step-by-step decoder with the weights of a `TigerModel`.
 
     Args:
-        model: trained; it is left as it is.
+        model: trained; it stays unchanged.
         dtype: precision of matrix products, float32 or bfloat16.
-        device: where to compute.
-        temperature: divides the logits; above 1 it evens the probabilities out.
+        device: device of the computation.
+        temperature: divides the logits; above 1 it makes the probabilities more even.
+
+    >>> from tiger_ray.model.tokens import Vocabulary
+    >>> from tiger_ray.settings.model import ModelSettings
+    >>> model = InferenceModel(TigerModel(ModelSettings(num_layers=1, d_model=16), Vocabulary((8, 8, 4))).eval())
+    >>> state = model.start(torch.tensor([[1, 9, 17]]))
+    >>> model.next_log_probs(torch.tensor([[PAD]]), state).shape
+    torch.Size([1, 1, 8])
     """
 
     def __init__(
@@ -66,7 +73,7 @@ class InferenceModel:
         self.dtype, self.device = dtype, torch.device(device)
         self._num_heads, self._d_kv = settings.num_heads, settings.d_kv
         id_length = self.vocabulary.id_length
-        longest = settings.max_history * id_length + 1  # a user token
+        longest = settings.max_history * id_length + 1  # 1 for the user token
         longest += -longest % LENGTH_MULTIPLE
         with torch.no_grad():
             self._embedding_VD = model.shared.weight.detach().float().to(self.device)
@@ -80,17 +87,17 @@ class InferenceModel:
             self._cross = [
                 self._cross_layer(block.layer[1], model.encoder.final_layer_norm) for block in decoder
             ]
-            # what the first layers project depends on the token alone
+            # The projections of the first layers depend on the token only.
             self._encoder_table, self._decoder_table = (
                 layers[0].project(self._norm(self._embedding_VD)) for layers in (self._encoder, self._decoder)
             )
             scale = (settings.d_model**-0.5 if settings.tie_embeddings else 1.0) / temperature
-            # in fp32: rounded to bf16 they would exchange one recommendation in forty
+            # Keep fp32: rounding these weights to bf16 would change one recommendation in forty.
             weight_VD = self._scaled(model.decoder.final_layer_norm, model.lm_head.weight * scale)
             self._output = output_layers(weight_VD, model)
 
     def start(self, history_BT: Tensor) -> DecoderState:
-        """Encode histories and get ready to decode.
+        """Encode histories, and start the decoder's state.
 
         Args:
             history_BT: token ids, (B, T) int64, PAD after the end.
@@ -99,7 +106,7 @@ class InferenceModel:
         bias_BHTT = self._encoder_bias_HTT[:, :length, :length].expand(num_users, -1, -1, -1)
         mask_B11T = None
         padding_BT = history_BT == PAD
-        if padding_BT.device.type != "cpu" or padding_BT.any():  # asking a GPU would wait for it
+        if padding_BT.device.type != "cpu" or padding_BT.any():  # any() on a GPU would force a sync
             mask_B11T = (padding_BT * MASKED).to(self.dtype)[:, None, None, :]
             bias_BHTT = bias_BHTT + mask_B11T
         bias_BHTT = bias_BHTT.contiguous()
@@ -117,11 +124,11 @@ class InferenceModel:
         return DecoderState(memory, mask_B11T, [[] for _ in self._decoder])
 
     def next_log_probs(self, token_BW: Tensor, state: DecoderState) -> Tensor:
-        """Log-probabilities of the codewords of the next level, normalized as `model.softmax` says.
+        """Log-probabilities of the codewords of the next level, normalized by `model.softmax`.
 
         Args:
-            token_BW: last token of each beam, (B, W) int64; PAD, and one beam, at the first level.
-            state: of `start`; this call adds the token to it.
+            token_BW: last token of each beam, (B, W) int64; at the first level, PAD for one beam.
+            state: result of `start`; this call adds the token.
 
         Returns:
             Natural log-probabilities, (B, W, C) float32, C the size of the level.
@@ -144,7 +151,7 @@ class InferenceModel:
         return logits(rms_norm(hidden_BWD)).log_softmax(-1)[..., codewords]
 
     def _read_written(self, projected_BW3A: Tensor, written: list[Tensor]) -> Tensor:
-        """What each beam reads from its own codewords, (B, W, A); adds the last one to `written`."""
+        """Self-attention of each beam to its own codewords, (B, W, A); adds the last codeword to `written`."""
         width = self._num_heads * self._d_kv
         query_BWA, last_BW2A = projected_BW3A[..., :width], projected_BW3A[..., width:]
         written.append(last_BW2A)
@@ -153,7 +160,7 @@ class InferenceModel:
             return last_BW2A[..., width:]
         query_BWHK = self._heads(query_BWA, 1)[:, :, 0]
         keys, values = zip(*(self._heads(pair_BW2A, 2).unbind(2) for pair_BW2A in written), strict=True)
-        # a batch of tiny products, one for each beam and head, takes twice as long as this
+        # A batched product of tiny matrices, one for each beam and head, would take twice as long.
         score_SBWH = torch.stack([(query_BWHK * key_BWHK).sum(-1) for key_BWHK in keys])
         score_SBWH += self._decoder_bias_IIH[num_levels - 1, :num_levels, None, None]
         share_SBWH1 = score_SBWH.softmax(0)[..., None]
@@ -166,7 +173,7 @@ class InferenceModel:
         return rms_norm(hidden).to(self.dtype)
 
     def _by_head(self, projected_BTA: Tensor, count: int) -> tuple[Tensor, ...]:
-        """`count` projections side by side to one of (B, H, T, K) each, laid out as `attend` reads them best."""
+        """`count` projections side by side to `count` tensors (B, H, T, K), in the layout that suits `attend`."""
         split = self._heads(projected_BTA, count).permute(2, 0, 3, 1, 4)
         return (split if reads_in_place(split) else split.contiguous()).unbind()
 
@@ -178,7 +185,7 @@ class InferenceModel:
         return linear(self._scaled(norm, *weights).to(self.dtype), relu=relu)
 
     def _scaled(self, norm: Norm | None, *weights: Tensor) -> Tensor:
-        """Weights one above the other, with the scale of the norm before them, fp32."""
+        """Weights stacked along the outputs, times the scale of the preceding norm, fp32."""
         weight = torch.cat([weight.detach().float() for weight in weights])
         if norm is not None:
             weight = weight * norm.weight.detach().float()
@@ -203,7 +210,12 @@ class InferenceModel:
 
 
 class Layer(NamedTuple):
-    """Products of self-attention and feed-forward, of encoder and decoder."""
+    """Matrix products of self-attention and feed-forward, of encoder and decoder.
+
+    >>> double = linear(2 * torch.eye(3))
+    >>> Layer(double, double, double, double).out(torch.ones(3))
+    tensor([2., 2., 2.])
+    """
 
     project: Linear
     """Hidden states to queries, keys and values side by side."""
@@ -213,7 +225,12 @@ class Layer(NamedTuple):
 
 
 class CrossLayer(NamedTuple):
-    """Products of attention to the history."""
+    """Matrix products of attention to the history.
+
+    >>> double = linear(2 * torch.eye(3))
+    >>> CrossLayer(double, double, double).query(torch.ones(3))
+    tensor([2., 2., 2.])
+    """
 
     query: Linear
     project: Linear
@@ -223,19 +240,25 @@ class CrossLayer(NamedTuple):
 
 @dataclass
 class DecoderState:
-    """What the decoder remembers between levels: one memory per user, one past per beam."""
+    """The decoder's state between levels: keys and values of the history and of the codewords of each beam.
+
+    >>> state = DecoderState([], None, [[torch.zeros(1, 1, 2), torch.tensor([[[1.0, 1.0], [2.0, 2.0]]])]])
+    >>> state.reorder(torch.tensor([[1, 1]]))
+    >>> state.written[0][1].tolist()
+    [[[2.0, 2.0], [2.0, 2.0]]]
+    """
 
     memory: list[tuple[Tensor, ...]]
-    """Per layer: keys and values of the history, (B, H, T, K) each."""
+    """For each layer: keys and values of the history, (B, H, T, K) each."""
     mask: Tensor | None
-    """Added to the scores of the history, (B, 1, 1, T); None: nothing is padding."""
+    """Added to the scores of the history, (B, 1, 1, T); None: no padding."""
     written: list[list[Tensor]]
-    """Per layer and level: keys beside values of the codeword, (B, W, 2A); one beam at the first level."""
+    """For each layer and level: keys beside values of the codeword, (B, W, 2A); one beam at the first level."""
     level: int = 0
-    """Codewords written so far."""
+    """Number of codewords written so far."""
 
     def reorder(self, beam_BW: Tensor) -> None:
-        """Make beam w of each user continue the former beam `beam_BW[:, w]`, (B, W) int64."""
+        """Let beam w of each user continue the former beam `beam_BW[:, w]`, (B, W) int64."""
         num_users, width = beam_BW.shape
         for layer in self.written:
             for level, pair_BWA in enumerate(layer):
@@ -247,7 +270,7 @@ class DecoderState:
 
 
 def output_layers(weight_VD: Tensor, model: TigerModel) -> list[tuple[Linear, slice]]:
-    """For each level: the product that gives all logits to normalize over, and where its codewords are."""
+    """For each level: the product that gives the logits to normalize over, and the slice of its codewords."""
     vocabulary = model.vocabulary
     blocks = [
         slice(first, first + size)
@@ -260,12 +283,12 @@ def output_layers(weight_VD: Tensor, model: TigerModel) -> list[tuple[Linear, sl
 
 
 def rms_norm(hidden: Tensor) -> Tensor:
-    """Hidden states of unit root mean square; the norm's scale is in the weights behind it."""
+    """Hidden states, scaled to unit root mean square; the next weights contain the norm's scale."""
     return F.rms_norm(hidden, hidden.shape[-1:], eps=EPSILON)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    """What each query reads, unscaled.
+    """Attention of each query, without scaling.
 
     Args:
         query: (B, H, W, K) float.
@@ -291,24 +314,26 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Te
 
 
 def reads_in_place(tensor: Tensor) -> bool:
-    """Does torch's own attention compute it, from wherever the heads lie? In fp32 on a CPU it takes half the time of
-    copies and products; those in bf16 are oneDNN's."""
+    """True for tensors that torch's attention reads without copies: fp32 on a CPU.
+
+    There it takes half the time of copies and products. For bf16 on a CPU, the products of oneDNN are faster.
+    """
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32
 
 
 def softmax(score: Tensor) -> Tensor:
     """Softmax over the last dimension."""
     if score.dtype == torch.bfloat16 and has_onednn(score):
-        # torch's own for bf16 on a CPU takes three times as long
+        # torch's softmax for bf16 on a CPU takes three times as long.
         return score.to_mkldnn().softmax(-1).to_dense()
     return score.softmax(-1)
 
 
 def linear(weight: Tensor, *, relu: bool = False) -> Linear:
-    """The map x -> x weight^T, with a ReLU behind it or not."""
+    """The map x -> x weight^T, followed by a ReLU if `relu` is true."""
     if has_onednn(weight):
-        # as torch.compile calls it: the weight is packed once, the ReLU costs no pass of its own, and in fp32
-        # torch would take MKL, which is half as fast on AMD
+        # The call of torch.compile: it packs the weight once and fuses the ReLU. torch's own product in fp32
+        # would use MKL, which is half as fast on AMD.
         packed, after = torch.ops.mkldnn._reorder_linear_weight(weight), "relu" if relu else "none"
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, after, [], "")
     if relu:
@@ -317,7 +342,7 @@ def linear(weight: Tensor, *, relu: bool = False) -> Linear:
 
 
 def has_onednn(tensor: Tensor) -> bool:
-    """Can oneDNN compute with it here? It lacks bf16 on older CPUs, and is no part of every build of torch."""
+    """True if oneDNN can multiply this tensor: some builds of torch lack oneDNN, older CPUs lack bf16."""
     if tensor.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     return tensor.dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

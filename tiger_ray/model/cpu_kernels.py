@@ -1,4 +1,7 @@
-"""CPU versions of three layers, each with its own backward pass: fewer passes over memory than torch's."""
+"""Three layers for CPUs, each with its own backward pass: they pass over memory less often than torch's layers.
+
+B rows in batch, T tokens, H heads, D width, N = all rows of a batch.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 EPSILON = 1e-6
-"""Of T5's layer norm."""
+"""Epsilon of T5's layer norm."""
 
 
 class ReluDropout(torch.autograd.Function):
-    """ReLU and dropout in place: the widest tensors of a layer, of which each new one would cost a millisecond
-    per megabyte. What is not zero afterwards has a gradient, so nothing else is kept for it."""
+    """ReLU and dropout in place, for the widest tensors of a layer: a new tensor costs a millisecond per megabyte.
+
+    The result is enough for the backward pass: exactly its non-zero elements have a gradient.
+
+    >>> ReluDropout.apply(torch.tensor([-1.0, 2.0]), 0.0)
+    tensor([0., 2.])
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, p: float) -> Tensor:
         ctx.mark_dirty(hidden)
         ctx.scale = 1 / (1 - p)
         bits = torch.int16 if hidden.dtype == torch.bfloat16 else torch.int32
-        all_ones = kept(hidden.shape, p).neg_().to(bits)
+        all_ones = dropout_mask(hidden.shape, p).neg_().to(bits)
         hidden.relu_().view(bits).bitwise_and_(all_ones)
         ctx.save_for_backward(hidden.mul_(ctx.scale))
         return hidden
@@ -34,8 +42,15 @@ class ReluDropout(torch.autograd.Function):
 
 
 class WholeHeads(torch.autograd.Function):
-    """Parts (B, H, T, D) of projections (B, T, parts, H, D), each head's numbers in a row, or each product would
-    copy what it reads. Copies alone: the gradient of `unbind` is a `cat` that takes several times as long."""
+    """Parts (B, H, T, D) of projections (B, T, parts, H, D), contiguous, or each matrix product would copy them.
+
+    The backward pass copies each gradient into its place; the gradient of torch's `unbind` is a `cat`, which
+    takes several times as long.
+
+    >>> query, key, value = WholeHeads.apply(torch.zeros(2, 5, 3, 4, 8))
+    >>> query.shape, query.is_contiguous()
+    (torch.Size([2, 4, 5, 8]), True)
+    """
 
     @staticmethod
     def forward(ctx: Any, projected: Tensor) -> tuple[Tensor, ...]:
@@ -52,10 +67,13 @@ class WholeHeads(torch.autograd.Function):
 
 
 class RmsNorm(torch.autograd.Function):
-    """RMSNorm and its gradient in a third of the passes over memory that torch's own takes on a CPU.
+    """RMSNorm and its gradient, with a third of the passes over memory of torch's RMSNorm on a CPU.
 
-    With x a row of N = rows hidden states of width D, r = 1 / sqrt(mean(x^2) + EPSILON), and g the gradient of
-    y = x r w, that of x is r (g w - x r^2 mean(g w x)), and that of w is the sum of g x r over rows.
+    Let x be one of N hidden states of width D, r = 1 / sqrt(mean(x^2) + EPSILON), y = x r w, and g the gradient
+    of y. Then the gradient of x is r (g w - x r^2 mean(g w x)), and the gradient of w is the sum of g x r over N.
+
+    >>> round(RmsNorm.apply(torch.tensor([[3.0, 4.0]]), torch.ones(2)).square().mean().item(), 3)
+    1.0
     """
 
     @staticmethod
@@ -77,10 +95,10 @@ class RmsNorm(torch.autograd.Function):
         return of_x_ND.view_as(gradient), (r_N1.T @ gx_ND)[0]
 
 
-def kept(shape: torch.Size, p: float) -> Tensor:
-    """Which elements dropout leaves on a CPU: each 0 with probability p, else 1; int16.
+def dropout_mask(shape: torch.Size, p: float) -> Tensor:
+    """Mask of dropout on a CPU, int16: 0 with probability p, else 1.
 
-    torch's own dropout takes half of a training step there; four draws from 64 random bits are enough.
+    One random word of 64 bits gives four elements. torch's dropout takes half of a training step on a CPU.
     """
     words = torch.empty((shape.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     return words.view(torch.int16)[: shape.numel()].view(shape).ge_(min(round(p * 2**16), 2**16 - 1) - 2**15)

@@ -1,14 +1,14 @@
 """SASRec: a causal transformer over item ids gives each history a vector, and items are ranked by inner product.
 
 Source: Kang and McAuley 2018 (arXiv 1808.09781): item embeddings shared by input and output, learned
-positions, pre-norm layers of self-attention and of a ReLU feed-forward network. As in the paper, histories are padded on the
-left, so that positions count from the newest item. Ours: a map after the heads, as in torch's
-attention; a softmax over all items as another loss; and by setting a map after the last layer.
+positions, pre-norm layers of self-attention and of a ReLU feed-forward network. As in the paper, histories
+are padded on the left, so positions count from the newest item. Ours: a linear map after the heads, as in
+torch's attention; a softmax over all items as a second loss; and a linear map after the last layer (a setting).
 
-It is trained by `optimization.fit` on the same examples as the model of the job: a history and its next item.
-That is as many losses per epoch as one at every place of every history.
+`training.loop.fit` trains the model on the same examples as TIGER: a history and its next item. This gives as
+many losses per epoch as a loss at every place of every history.
 
-B users, T history items, D model width, N items, E events of all users.
+B users, T history items, D model width, H heads, N items, E events of all users.
 """
 
 from __future__ import annotations
@@ -33,16 +33,20 @@ NO_ITEM = -1
 
 
 USERS_AT_ONCE = 1024
-"""Histories that are in memory together, padded."""
+"""Histories that are padded and encoded together."""
 
 
 class SasrecModel(nn.Module):
     """Histories to vectors, and the vectors of all items.
 
-    Weights, gradient and two moments of AdamW take 16 N D bytes. The softmax loss computes (B, N) scores per batch, keeps their
-    float32 log-probabilities for the backward pass, 4 B N bytes, and takes 6 B N D operations: nothing at
-    10,000 items, 10 GB at 10 million items and B = 256, where `training.batch_tokens` bounds B. The binary loss costs
-    nothing that grows with N.
+    Weights, gradient and two moments of AdamW take 16 N D bytes. The softmax loss computes (B, N) scores per
+    batch, keeps their float32 log-probabilities for the backward pass (4 B N bytes), and takes 6 B N D
+    operations: little at 10,000 items, but 10 GB at 10 million items and B = 256, where `training.batch_tokens`
+    bounds B. The cost of the binary loss does not grow with N.
+
+    >>> model = SasrecModel(SasrecSettings(d_model=16), num_items=100).eval()
+    >>> model.user_vectors(np.array([5, 7, 9], np.int32), np.array([1, 2])).shape
+    (2, 16)
     """
 
     def __init__(self, settings: SasrecSettings, num_items: int) -> None:
@@ -62,7 +66,7 @@ class SasrecModel(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         if self.output_map is not None:
-            # not near the identity, with which items of the history come first again
+            # Do not start near the identity: the model would rank items of the history first.
             nn.init.normal_(self.output_map.weight, std=settings.d_model**-0.5)
 
     def forward(self, history_BT: Tensor, target_B: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -71,15 +75,15 @@ class SasrecModel(nn.Module):
         Args:
             history_BT: item_index, (B, T) int64, `NO_ITEM` before the oldest.
             target_B: item_index of the next item, (B,) int64.
-            label_smoothing: share of the target probability that is spread evenly over all outcomes, which are
-                the items, or for the binary loss yes and no.
+            label_smoothing: share of the target probability that is spread evenly over all outcomes: all items
+                for the softmax loss, yes and no for the binary loss.
 
         Returns:
             Natural log loss, (B, 1) float32.
         """
         user_BD = self.users(history_BT)
         if self.settings.loss == "softmax":
-            # one expression, so that no name keeps the scores beside their log-probabilities
+            # One expression: a name for the scores would keep them in memory beside their log-probabilities.
             loss_B = F.cross_entropy(
                 F.linear(user_BD, self.item.weight).float(),
                 target_B,
@@ -97,7 +101,7 @@ class SasrecModel(nn.Module):
         return losses_B2.sum(1, keepdim=True)
 
     def users(self, history_BT: Tensor) -> Tensor:
-        """Vectors of histories, (B, D) float: their inner product with an item's is its score."""
+        """Vectors of histories, (B, D) float: the inner product with an item's vector is the item's score."""
         length = history_BT.shape[1]
         padding_BT = history_BT == NO_ITEM
         later_TT = torch.ones(length, length, dtype=torch.bool, device=history_BT.device).triu(1)
@@ -105,7 +109,7 @@ class SasrecModel(nn.Module):
         item_BTD = self.item(history_BT.clamp(min=0)) * self.settings.d_model**0.5
         hidden_BTD = self.dropout(item_BTD + self.position.weight[:length].flip(0))
         for layer in self.layers:
-            # only the newest place is read in the end
+            # The user's vector is the hidden state of the newest place of the last layer.
             only_newest = layer is self.layers[-1]
             hidden_BTD = layer(hidden_BTD, masked_B1TT, only_newest)
         user_BD: Tensor = self.norm(hidden_BTD[:, -1])
@@ -115,7 +119,12 @@ class SasrecModel(nn.Module):
     def user_vectors(
         self, item_index: npt.NDArray[np.int32], lengths_B: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float32]:
-        """Vectors of the users with these histories, (B, D), which are as in `rankers.Ranker.recommend`."""
+        """Vectors of users, (B, D) float32.
+
+        Args:
+            item_index: items of all histories one after the other, each oldest first, (E,) int32.
+            lengths_B: items per history, (B,) int64, at least 1.
+        """
         device, end_B = self.item.weight.device, np.cumsum(lengths_B)
         read_B = np.minimum(lengths_B, self.settings.max_history)
         user_BD = np.empty((len(lengths_B), self.settings.d_model), np.float32)
@@ -123,7 +132,7 @@ class SasrecModel(nn.Module):
         for first in range(0, len(by_length_B), USERS_AT_ONCE):
             user_b = by_length_B[first : first + USERS_AT_ONCE]
             item_E = item_index[ranges(end_B[user_b] - read_B[user_b], read_B[user_b])]
-            user_BD[user_b] = self.users(padded(item_E, read_B[user_b]).to(device)).cpu().numpy()
+            user_BD[user_b] = self.users(pad_left(item_E, read_B[user_b]).to(device)).cpu().numpy()
         return user_BD
 
     def to_files(self) -> dict[str, bytes]:
@@ -146,7 +155,7 @@ class SasrecModel(nn.Module):
         """The model that `to_files` wrote, in evaluation mode.
 
         Raises:
-            ArtifactError: a file is missing or damaged, or the weights are not this model's.
+            ArtifactError: a file is missing or damaged, or the weights do not fit the settings.
         """
         for name in ("config.json", "model.safetensors"):
             if name not in files:
@@ -181,7 +190,12 @@ class SasrecModel(nn.Module):
 
 
 class Layer(nn.Module):
-    """Self-attention, then each place by itself; both are added to what they read the norm of."""
+    """Self-attention, then a feed-forward network for each place: pre-norm, with residual connections.
+
+    >>> layer = Layer(SasrecSettings(d_model=16))
+    >>> layer(torch.zeros(2, 5, 16), torch.zeros(2, 1, 5, 5, dtype=torch.bool), only_newest=True).shape
+    torch.Size([2, 1, 16])
+    """
 
     def __init__(self, settings: SasrecSettings) -> None:
         super().__init__()
@@ -197,7 +211,16 @@ class Layer(nn.Module):
         self.dropout = Dropout(settings.dropout)
 
     def forward(self, hidden_BTD: Tensor, masked_B1TT: Tensor, only_newest: bool) -> Tensor:
-        """Hidden states after this layer: of all places, (B, T, D), or of the newest, (B, 1, D)."""
+        """Hidden states after this layer.
+
+        Args:
+            hidden_BTD: hidden states before this layer, (B, T, D) float.
+            masked_B1TT: true where a place (third axis) may not attend to a place (last axis), (B, 1, T, T) bool.
+            only_newest: compute the newest place only.
+
+        Returns:
+            (B, T, D) float, or (B, 1, D) for the newest place only.
+        """
         normed_BTD = self.attention_norm(hidden_BTD)
         asking = slice(-1 if only_newest else 0, None)
         query, key, value = (
@@ -216,8 +239,8 @@ class Layer(nn.Module):
         return hidden_BTD + self.dropout(self.outer(inner))
 
 
-def padded(item_E: npt.NDArray[np.int32], lengths_B: npt.NDArray[np.int64]) -> Tensor:
-    """Histories, one after the other, (E,), as (B, T) int64 with `NO_ITEM` before the oldest."""
+def pad_left(item_E: npt.NDArray[np.int32], lengths_B: npt.NDArray[np.int64]) -> Tensor:
+    """Items of all histories one after the other, (E,), to a matrix (B, T) int64, `NO_ITEM` before the oldest."""
     longest = int(lengths_B.max())
     filled_BT = np.arange(longest) >= longest - lengths_B[:, None]
     history_BT = np.full(filled_BT.shape, NO_ITEM, np.int64)

@@ -1,13 +1,13 @@
 """T5 encoder-decoder over Semantic-ID tokens: reads a history, writes the next item's codewords.
 
-B users in batch, T history tokens, I id_length, V vocabulary, D model width (or width
+B users in batch, T history tokens, I id_length, V vocabulary, C codewords of a level, D model width (or width
 of a head, beside H), H heads.
 
-Same arithmetic and parameter names as `T5ForConditionalGeneration` of Hugging Face transformers (ReLU
-feed-forward, RMSNorm, relative position bias of the first layer shared by all, unscaled attention), so
-that weights travel both ways and that library is the oracle of the tests.
+Arithmetic and parameter names are those of `T5ForConditionalGeneration` of Hugging Face transformers: ReLU
+feed-forward, RMSNorm, one relative position bias for all layers, unscaled attention. Hence each reads the
+weights of the other, and transformers is the oracle of the tests.
 
-Here it is trained; `inference.py` has its weights laid out for beam search.
+This module is for training; `decoding.inference` arranges the same weights for beam search.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiger_ray.errors import ArtifactError
-from tiger_ray.model.cpu_kernels import EPSILON, ReluDropout, RmsNorm, WholeHeads, kept
+from tiger_ray.model.cpu_kernels import EPSILON, ReluDropout, RmsNorm, WholeHeads, dropout_mask
 from tiger_ray.model.tokens import PAD, Vocabulary
 from tiger_ray.settings.model import ModelSettings
 
@@ -37,7 +37,13 @@ MASKED = -1e9  # finite: a row of -inf is NaN after softmax
 
 
 class TigerModel(nn.Module):
-    """T5 encoder-decoder whose vocabulary is codewords, and user buckets if there are any."""
+    """T5 encoder-decoder whose vocabulary is codewords and user buckets.
+
+    >>> model = TigerModel(ModelSettings(num_layers=1, d_model=16), Vocabulary((8, 8, 4)))
+    >>> history_BT, target_BI = torch.tensor([[1, 9, 17]]), torch.tensor([[2, 10, 17]])
+    >>> model(history_BT, target_BI).shape
+    torch.Size([1, 3])
+    """
 
     def __init__(self, settings: ModelSettings, vocabulary: Vocabulary) -> None:
         super().__init__()
@@ -53,7 +59,7 @@ class TigerModel(nn.Module):
             self.lm_head.weight = self.shared.weight
 
     def _initialize(self) -> None:
-        """Normal weights with T5's deviations, which make up for the unscaled attention."""
+        """Draw normal weights with T5's deviations, which replace the scale of attention."""
         d_model, d_kv, d_ff = self.settings.d_model, self.settings.d_kv, self.settings.d_ff
         deviation = {
             "shared": 1.0,
@@ -66,12 +72,12 @@ class TigerModel(nn.Module):
                 nn.init.normal_(module.weight, std=deviation.get(name.rpartition(".")[2], d_model**-0.5))
 
     def forward(self, history_BT: Tensor, target_BI: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Cross-entropy of every codeword of the target, each seeing the codewords before it.
+        """Cross-entropy of every codeword of the target, given the history and the codewords before it.
 
         Args:
             history_BT: token ids, (B, T) int64, PAD after the end.
             target_BI: token ids of the next item, (B, I) int64.
-            label_smoothing: share of the target probability that is spread evenly over all that
+            label_smoothing: share of the target probability that is spread evenly over the tokens that
                 `model.softmax` normalizes over.
 
         Returns:
@@ -86,7 +92,7 @@ class TigerModel(nn.Module):
         weight_VD, vocabulary = self.lm_head.weight, self.vocabulary
         if self.settings.softmax == "vocabulary":
             return losses(hidden_BID.flatten(0, 1), weight_VD, target_BI.flatten()).view_as(target_BI)
-        # split once: its gradient is one matrix, while that of a slice would be one for each level
+        # Split once: the gradient is one matrix, while slices would make a whole matrix for each level.
         sizes = [1, *vocabulary.level_sizes, vocabulary.num_user_buckets]
         _, *weight_ICD, _ = torch.split(weight_VD, sizes)
         code_IB = [
@@ -106,25 +112,25 @@ class TigerModel(nn.Module):
             history_BT: token ids, (B, T) int64, PAD after the end.
 
         Returns:
-            Memory, (B, T, D) float, and the mask to add to attention scores, (B, 1, 1, T) float, or None
-            where nothing is padding.
+            Memory, (B, T, D) float, and the mask to add to attention scores, (B, 1, 1, T) float, or None if
+            no token is padding.
         """
         padding_BT = history_BT == PAD
         mask_B11T = None
-        if padding_BT.is_cuda or padding_BT.any():  # asking a GPU would wait for it
+        if padding_BT.is_cuda or padding_BT.any():  # any() on a GPU would force a sync
             mask_B11T = torch.where(padding_BT, MASKED, 0.0)[:, None, None, :]
         return self.encoder(history_BT, mask_B11T), mask_B11T
 
     def _decode(self, history_BT: Tensor, target_BI: Tensor) -> Tensor:
-        """What the output layer reads to write each codeword of the target, (B, I, D)."""
+        """Input of the output layer at each codeword of the target, (B, I, D)."""
         memory_BTD, mask_B11T = self.encode(history_BT)
         input_BI = F.pad(target_BI[:, :-1], (1, 0), value=PAD)
         hidden_BID: Tensor = self.decoder(input_BI, memory_BTD, mask_B11T)
         return hidden_BID * self.settings.d_model**-0.5 if self.settings.tie_embeddings else hidden_BID
 
     def to_files(self) -> dict[str, bytes]:
-        """The model as files, which Hugging Face's `T5ForConditionalGeneration.from_pretrained` reads too."""
-        unique = dict(self.named_parameters())  # tied weights once
+        """The model as files; Hugging Face's `T5ForConditionalGeneration.from_pretrained` reads them, too."""
+        unique = dict(self.named_parameters())  # lists tied weights once
         tensors = {name: weight.detach().float().cpu().contiguous() for name, weight in unique.items()}
         config = {
             "model_type": "t5",
@@ -161,7 +167,7 @@ class TigerModel(nn.Module):
         """The model that `to_files` wrote, in evaluation mode.
 
         Raises:
-            ArtifactError: a file is missing or damaged, or the weights are not this model's.
+            ArtifactError: a file is missing or damaged, or the weights do not fit the settings.
         """
         for name in ("config.json", "model.safetensors"):
             if name not in files:
@@ -196,12 +202,17 @@ class TigerModel(nn.Module):
                 raise ArtifactError(
                     f"tensor {name} of model.safetensors holds values that are not finite numbers"
                 )
-        model.load_state_dict(tensors, strict=False)  # strict would ask for the tied names again
+        model.load_state_dict(tensors, strict=False)  # strict would ask for both names of tied weights
         return model.eval()
 
 
 class EncoderStack(nn.Module):
-    """Layers of self-attention and feed-forward."""
+    """Layers of self-attention and feed-forward.
+
+    >>> stack = EncoderStack(ModelSettings(num_layers=1, d_model=16), nn.Embedding(9, 16))
+    >>> stack(torch.tensor([[1, 2, 3, 4]]), None).shape
+    torch.Size([1, 4, 16])
+    """
 
     def __init__(self, settings: ModelSettings, embedding: nn.Embedding) -> None:
         super().__init__()
@@ -212,7 +223,7 @@ class EncoderStack(nn.Module):
         self.dropout = Dropout(settings.dropout)
 
     def forward(self, token_BT: Tensor, mask_B11T: Tensor | None) -> Tensor:
-        """Hidden states, (B, T, D) float, of tokens, (B, T) int64."""
+        """Hidden states, (B, T, D) float, of tokens, (B, T) int64; the mask is added to the scores."""
         length = token_BT.shape[1]
         bias = self.block[0].layer[0].SelfAttention.position_bias(length, bidirectional=True)
         if mask_B11T is not None:
@@ -226,7 +237,12 @@ class EncoderStack(nn.Module):
 
 
 class DecoderStack(nn.Module):
-    """Layers of causal self-attention, attention to the encoder's memory, and feed-forward."""
+    """Layers of causal self-attention, attention to the encoder's memory, and feed-forward.
+
+    >>> stack = DecoderStack(ModelSettings(num_layers=1, d_model=16), nn.Embedding(9, 16))
+    >>> stack(torch.tensor([[0, 2]]), torch.zeros(1, 4, 16), None).shape
+    torch.Size([1, 2, 16])
+    """
 
     def __init__(self, settings: ModelSettings, embedding: nn.Embedding) -> None:
         super().__init__()
@@ -237,7 +253,16 @@ class DecoderStack(nn.Module):
         self.dropout = Dropout(settings.dropout)
 
     def forward(self, token_BI: Tensor, memory_BTD: Tensor, memory_mask_B11T: Tensor | None) -> Tensor:
-        """Hidden states, (B, I, D) float, of tokens, (B, I) int64, and of the encoder, (B, T, D) float."""
+        """Hidden states after all layers.
+
+        Args:
+            token_BI: token ids of the target, (B, I) int64, after the start token.
+            memory_BTD: hidden states of the encoder, (B, T, D) float.
+            memory_mask_B11T: added to the scores of the history, (B, 1, 1, T) float; None: no padding.
+
+        Returns:
+            (B, I, D) float.
+        """
         length = token_BI.shape[1]
         bias = self.block[0].layer[0].SelfAttention.position_bias(length, bidirectional=False)
         later = torch.ones(length, length, dtype=torch.bool, device=token_BI.device).triu(1)
@@ -251,7 +276,11 @@ class DecoderStack(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """One layer of the encoder."""
+    """One layer of the encoder.
+
+    >>> [type(part).__name__ for part in EncoderBlock(ModelSettings(), is_first=True).layer]
+    ['SelfAttentionLayer', 'FeedForwardLayer']
+    """
 
     def __init__(self, settings: ModelSettings, is_first: bool) -> None:
         super().__init__()
@@ -260,7 +289,11 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """One layer of the decoder."""
+    """One layer of the decoder.
+
+    >>> [type(part).__name__ for part in DecoderBlock(ModelSettings(), is_first=True).layer]
+    ['SelfAttentionLayer', 'CrossAttentionLayer', 'FeedForwardLayer']
+    """
 
     def __init__(self, settings: ModelSettings, is_first: bool) -> None:
         super().__init__()
@@ -275,7 +308,12 @@ class DecoderBlock(nn.Module):
 
 
 class SelfAttentionLayer(nn.Module):
-    """Tokens look at each other."""
+    """Self-attention: norm, attention between the tokens, residual connection.
+
+    >>> layer = SelfAttentionLayer(ModelSettings(d_model=16, num_heads=2), is_first=True)
+    >>> layer(torch.zeros(1, 4, 16), torch.zeros(1, 2, 4, 4)).shape
+    torch.Size([1, 4, 16])
+    """
 
     def __init__(self, settings: ModelSettings, is_first: bool) -> None:
         super().__init__()
@@ -284,14 +322,19 @@ class SelfAttentionLayer(nn.Module):
         self.dropout = Dropout(settings.dropout)
 
     def forward(self, hidden_BTD: Tensor, bias: Tensor) -> Tensor:
-        """Hidden states after this sublayer; `bias` is added to the scores, (1 or B, H, T, T)."""
+        """Hidden states after this sublayer, (B, T, D); `bias` is added to the scores, (1 or B, H, T, T)."""
         query, key, value = self.SelfAttention.queries_keys_values(self.layer_norm(hidden_BTD))
         hidden_BTD = hidden_BTD + self.dropout(self.SelfAttention(query, key, value, bias))
         return hidden_BTD
 
 
 class CrossAttentionLayer(nn.Module):
-    """Tokens of the target look at the history."""
+    """Cross-attention: norm, attention from the target to the history, residual connection.
+
+    >>> layer = CrossAttentionLayer(ModelSettings(d_model=16))
+    >>> layer(torch.zeros(1, 2, 16), torch.zeros(1, 4, 16), None).shape
+    torch.Size([1, 2, 16])
+    """
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
@@ -300,7 +343,13 @@ class CrossAttentionLayer(nn.Module):
         self.dropout = Dropout(settings.dropout)
 
     def forward(self, hidden_BID: Tensor, memory_BTD: Tensor, mask_B11T: Tensor | None) -> Tensor:
-        """Hidden states after this sublayer."""
+        """Hidden states after this sublayer, (B, I, D).
+
+        Args:
+            hidden_BID: hidden states of the target, (B, I, D) float.
+            memory_BTD: hidden states of the encoder, (B, T, D) float.
+            mask_B11T: added to the scores of the history, (B, 1, 1, T) float; None: no padding.
+        """
         query = self.EncDecAttention.queries(self.layer_norm(hidden_BID))
         key, value = self.EncDecAttention.keys_values(memory_BTD)
         hidden_BID = hidden_BID + self.dropout(self.EncDecAttention(query, key, value, mask_B11T))
@@ -308,7 +357,11 @@ class CrossAttentionLayer(nn.Module):
 
 
 class FeedForwardLayer(nn.Module):
-    """Each token by itself."""
+    """Feed-forward: norm, feed-forward network of each token, residual connection.
+
+    >>> FeedForwardLayer(ModelSettings(d_model=16))(torch.zeros(1, 4, 16)).shape
+    torch.Size([1, 4, 16])
+    """
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
@@ -323,7 +376,11 @@ class FeedForwardLayer(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear maps around a ReLU."""
+    """Two linear maps around a ReLU.
+
+    >>> FeedForward(ModelSettings(d_model=16))(torch.zeros(1, 4, 16)).shape
+    torch.Size([1, 4, 16])
+    """
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()
@@ -343,7 +400,13 @@ class FeedForward(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention without scaling: T5 puts the scale into the initial weights."""
+    """Multi-head attention without scaling: T5 puts the scale into the initial weights.
+
+    >>> attention = Attention(ModelSettings(d_model=16), has_position_bias=False)
+    >>> query, key, value = attention.queries_keys_values(torch.zeros(1, 4, 16))
+    >>> attention(query, key, value, None).shape
+    torch.Size([1, 4, 16])
+    """
 
     def __init__(self, settings: ModelSettings, *, has_position_bias: bool) -> None:
         super().__init__()
@@ -373,19 +436,28 @@ class Attention(nn.Module):
         return query, key, value
 
     def _project(self, hidden_BTD: Tensor, *maps: nn.Linear) -> tuple[Tensor, ...]:
-        # one wide product is faster than several narrow ones, and joining the weights costs next to nothing
+        # One wide product is faster than several narrow products; joining the weights costs little.
         weight = torch.cat([linear.weight for linear in maps]) if len(maps) > 1 else maps[0].weight
         projected = F.linear(hidden_BTD, weight).view(*hidden_BTD.shape[:2], len(maps), self.num_heads, -1)
         parts: tuple[Tensor, ...] = WholeHeads.apply(projected)  # type: ignore[no-untyped-call]
         return parts
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-        """What each query reads, (B, queries, D); `bias` is added to the scores."""
+        """Attention of each query.
+
+        Args:
+            query: (B, H, queries, D of a head) float.
+            key, value: (B, H, T, D of a head) float.
+            bias: added to the scores, broadcast to (B, H, queries, T); None: 0.
+
+        Returns:
+            (B, queries, D) float.
+        """
         if query.is_cuda:
             dropped = self.dropout.p if self.training else 0.0
             read_BHTD = F.scaled_dot_product_attention(query, key, value, bias, dropped, scale=1.0)
         else:
-            # on a CPU, at these lengths, plain products in the precision of the queries are twice as fast
+            # On a CPU, at these lengths, plain products in the precision of the queries are twice as fast.
             with torch.autocast("cpu", enabled=False):
                 score_BHTT = query @ key.transpose(2, 3)
                 if bias is not None:
@@ -395,7 +467,7 @@ class Attention(nn.Module):
         return read
 
     def position_bias(self, length: int, *, bidirectional: bool) -> Tensor:
-        """What relative positions add to the scores, (1, H, T, T), T = `length`."""
+        """Bias of relative positions, added to the scores, (1, H, T, T), T = `length`."""
         weight = self.relative_attention_bias.weight
         place = torch.arange(length, device=weight.device)
         bucket = position_bucket(place[None, :] - place[:, None], bidirectional=bidirectional)
@@ -403,7 +475,7 @@ class Attention(nn.Module):
 
 
 def position_bucket(distance: Tensor, *, bidirectional: bool) -> Tensor:
-    """Bucket of each distance key - query: exact when near, logarithmic up to `MAX_DISTANCE`, one beyond.
+    """Bucket of each distance key - query: one per near distance, logarithmic up to `MAX_DISTANCE`, one beyond.
 
     Source: Raffel et al. 2020, section 2.1, as in Mesh TensorFlow.
     """
@@ -421,14 +493,18 @@ def position_bucket(distance: Tensor, *, bidirectional: bool) -> Tensor:
 
 
 class Norm(nn.Module):
-    """RMSNorm: scales, does not shift."""
+    """RMSNorm: scales, does not shift.
+
+    >>> round(Norm(2)(torch.tensor([[3.0, 4.0]])).square().mean().item(), 3)
+    1.0
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Hidden states of unit root mean square times the weight."""
+        """Hidden states, scaled to unit root mean square, times the weight."""
         if hidden.is_cuda:
             return F.rms_norm(hidden, self.weight.shape, self.weight, EPSILON)
         normed: Tensor = RmsNorm.apply(hidden, self.weight)  # type: ignore[no-untyped-call]
@@ -436,16 +512,20 @@ class Norm(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Zeroes a share of its input in training, and scales the rest up."""
+    """Sets the share `p` of its input to zero in training, and scales up the rest.
+
+    >>> Dropout(0.5).eval()(torch.ones(3))
+    tensor([1., 1., 1.])
+    """
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """The input in evaluation, else some of it."""
+        """The input in evaluation; in training, the input with some elements set to zero."""
         if not self.training or self.p == 0.0:
             return hidden
         if hidden.is_cuda:
             return F.dropout(hidden, self.p)
-        return hidden * kept(hidden.shape, self.p).to(hidden.dtype).mul_(1 / (1 - self.p))
+        return hidden * dropout_mask(hidden.shape, self.p).to(hidden.dtype).mul_(1 / (1 - self.p))

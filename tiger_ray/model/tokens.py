@@ -1,9 +1,9 @@
 """Semantic IDs to token ids and back, and histories to one padded token matrix.
 
-B users in batch, T history tokens, I id_length, N items, E events of all users in batch.
+B users in batch, L most items of a history, T history tokens, I id_length, N items, E events of all users in batch.
 
-Token 0 is padding and the decoder's start token; then one block of tokens per level of the Semantic ID,
-so that the same codeword of two levels is two tokens; then one token per user bucket.
+Token 0 is padding and the decoder's start token. One block of tokens per level of the Semantic ID follows, so
+that equal codewords of two levels are two tokens. The last block has one token per user bucket.
 """
 
 from __future__ import annotations
@@ -24,12 +24,19 @@ PAD = 0
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Which token means which codeword of which level, and which one a user bucket."""
+    """Tokens of codewords and of user buckets.
+
+    >>> vocabulary = Vocabulary((8, 8, 4), num_user_buckets=5)
+    >>> vocabulary.offsets, vocabulary.user_offset, vocabulary.size
+    ((1, 9, 17), 21, 26)
+    >>> vocabulary.tokens(np.array([[3, 0, 1]], np.int16)).tolist()
+    [[4, 9, 18]]
+    """
 
     level_sizes: tuple[int, ...]
-    """Codewords per level, the disambiguator's among them."""
+    """Codewords of each level; the last level is the disambiguator."""
     num_user_buckets: int = 0
-    """Hash buckets for user tokens; 0: no user token."""
+    """Number of user tokens; 0 for a model without user tokens."""
 
     @property
     def id_length(self) -> int:
@@ -48,14 +55,14 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """Tokens in all."""
+        """Number of tokens."""
         return self.user_offset + self.num_user_buckets
 
     def require_codes(self, codes_NI: npt.NDArray[np.int16]) -> None:
-        """Check that Semantic IDs, (N, I) int16, are of this ID space.
+        """Refuse Semantic IDs, (N, I) int16, that do not fit the levels of this vocabulary.
 
         Raises:
-            ArtifactError: the codes are of another ID space than this vocabulary.
+            ArtifactError: the number of codes or a code does not fit; both belong to different ID spaces.
         """
         if codes_NI.ndim != 2 or codes_NI.shape[1] != self.id_length:
             raise ArtifactError(
@@ -75,34 +82,28 @@ class Vocabulary:
         return torch.from_numpy(codes_NI + np.array(self.offsets))
 
     def item_tokens(self, codes_NI: npt.NDArray[np.int16]) -> Tensor:
-        """Token ids of every item.
-
-        Args:
-            codes_NI: Semantic IDs, (N, I) int16.
-
-        Returns:
-            Token ids, (N, I) int64.
+        """Token ids of Semantic IDs, after `require_codes`: (N, I) int16 to (N, I) int64.
 
         Raises:
-            ArtifactError: the codes are of another ID space than this vocabulary.
+            ArtifactError: the number of codes or a code does not fit this vocabulary.
         """
         self.require_codes(codes_NI)
         return self.tokens(codes_NI)
 
 
 def pad_histories(token_EI: Tensor, lengths_B: Tensor, user_tokens_B: Tensor | None) -> Tensor:
-    """Histories as the encoder reads them: oldest item first, the user's token before it, PAD after it.
+    """Histories as the encoder reads them: the user's token, the items from the oldest on, then PAD.
 
     Args:
         token_EI: token ids of the items of all histories one after the other, (E, I) int64.
-        lengths_B: items per history, (B,) integer; they sum to E.
+        lengths_B: items per history, (B,) integer, on the CPU; their sum is E.
         user_tokens_B: token of each user, (B,) int64; None: no user token.
 
     Returns:
         Token ids, (B, T) int64, on the device of `token_EI`; T fits the longest history.
     """
     device = token_EI.device
-    # the caller's lengths live on the CPU, so that their maximum costs no wait for a GPU
+    # The lengths are on the CPU, so their maximum forces no GPU sync.
     longest = int(lengths_B.max())
     filled = (torch.arange(longest) < lengths_B[:, None]).to(device)
     token_BLI = torch.full((len(lengths_B), longest, token_EI.shape[1]), PAD, device=device)
@@ -114,5 +115,8 @@ def pad_histories(token_EI: Tensor, lengths_B: Tensor, user_tokens_B: Tensor | N
 
 
 def user_buckets(user_hash_B: npt.NDArray[np.uint64], vocabulary: Vocabulary) -> npt.NDArray[np.int64]:
-    """Bucket of each user, (B,) int64. Source: paper section 4 (hashing trick for user ids)."""
+    """Bucket of each user, (B,) int64.
+
+    Source: TIGER, Rajput et al. 2023, section 4 (hashing trick for user ids).
+    """
     return (user_hash_B % np.uint64(vocabulary.num_user_buckets)).astype(np.int64)

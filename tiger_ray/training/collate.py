@@ -1,6 +1,7 @@
-"""A batch of histories as the tensors that the model reads, and the loss of the model on the tensors.
+"""A batch of histories as the tensors that a network reads.
 
-B histories, L items of the longest, E items of all histories one after the other, I id_length.
+B histories, T places or tokens of a padded history, E items of all histories one after the other, N items,
+I id_length.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tiger_ray.model.sasrec import SasrecModel, padded
+from tiger_ray.model.sasrec import SasrecModel, pad_left
 from tiger_ray.model.t5 import TigerModel
 from tiger_ray.model.tokens import Vocabulary, pad_histories, user_buckets
 from tiger_ray.training.examples import Batch
@@ -21,10 +22,10 @@ from tiger_ray.training.operations import sasrec_operations, tiger_operations
 
 
 def sasrec_task(model: SasrecModel) -> Task:
-    """Histories and next items."""
+    """The task of SASRec: histories and next items as item_index."""
 
     def task(batch: Batch) -> Work:
-        history_BT = padded(batch.item_E, batch.lengths_B)
+        history_BT = pad_left(batch.item_E, batch.lengths_B)
         target_B = torch.from_numpy(batch.target_B.astype(np.int64))
         operations = sasrec_operations(model, batch.lengths_B)
         return Work((history_BT, target_B), int(batch.lengths_B.sum()), history_BT.numel(), operations)
@@ -33,24 +34,28 @@ def sasrec_task(model: SasrecModel) -> Task:
 
 
 class Work(NamedTuple):
-    """One batch, ready for a network."""
+    """One batch, ready for a network.
+
+    >>> Work((torch.zeros(2, 5),), tokens=7, padded=10, operations=1e6).padded
+    10
+    """
 
     inputs: tuple[Tensor, ...]
-    """Arguments of the network's forward, but for the label smoothing."""
+    """Arguments of the network's forward, without the label smoothing."""
     tokens: int
-    """Tokens of the histories."""
+    """Number of tokens of the histories."""
     padded: int
-    """The same with padding."""
+    """Number of tokens with padding."""
     operations: float
-    """Floating-point operations, forward and backward, without those on padding."""
+    """Floating-point operations, forward and backward, without operations on padding."""
 
 
 Task = Callable[[Batch], Work]
-"""How a network reads a batch."""
+"""Turns a batch into the inputs of a network."""
 
 
 def tiger_task(model: TigerModel, codes_NI: npt.NDArray[np.int16]) -> Task:
-    """Histories and next items as Semantic IDs, which are (N, I) int16 by item_index."""
+    """The task of TIGER: histories and next items as tokens of their Semantic IDs, (N, I) int16 by item_index."""
     vocabulary = model.vocabulary
 
     def task(batch: Batch) -> Work:
@@ -63,7 +68,16 @@ def tiger_task(model: TigerModel, codes_NI: npt.NDArray[np.int16]) -> Task:
 
 
 def tokens_of(batch: Batch, codes_NI: npt.NDArray[np.int16], vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
-    """Token ids of histories, (B, T) int64, and of their next items, (B, I) int64; Semantic IDs are (N, I)."""
+    """Token ids of histories and of their next items.
+
+    Args:
+        batch: examples.
+        codes_NI: Semantic IDs by item_index, (N, I) int16.
+        vocabulary: tokens of the model.
+
+    Returns:
+        Histories, (B, T) int64, PAD after the end, and next items, (B, I) int64.
+    """
     user_tokens = None
     if vocabulary.num_user_buckets:
         user_tokens = torch.from_numpy(user_buckets(batch.user_hash_B, vocabulary) + vocabulary.user_offset)
