@@ -19,7 +19,7 @@ from tiger_ray.artifacts.storage import Storage
 from tiger_ray.errors import ArtifactError, DataError
 from tiger_ray.published.sequences import open_examples
 from tiger_ray.training import examples as examples_module
-from tiger_ray.training.examples import BATCHES_PER_GROUP, Examples, permuted
+from tiger_ray.training.examples import BATCHES_PER_GROUP, Examples, permutation_at
 
 # The order
 
@@ -27,16 +27,16 @@ from tiger_ray.training.examples import BATCHES_PER_GROUP, Examples, permuted
 @given(st.integers(1, 3000), st.lists(st.integers(0, 2**40), min_size=1, max_size=4))
 @settings(max_examples=50, deadline=None)
 def test_an_order_is_a_permutation_and_any_part_of_it_can_be_computed_alone(size, key):
-    whole = permuted(np.arange(size), size, tuple(key))
+    whole = permutation_at(np.arange(size), size, tuple(key))
     assert sorted(whole.tolist()) == list(range(size))
     some = np.arange(size)[::-3]
-    assert np.array_equal(permuted(some, size, tuple(key)), whole[some])
+    assert np.array_equal(permutation_at(some, size, tuple(key)), whole[some])
 
 
 @pytest.mark.parametrize("size", [2**31, 10**10 + 7, 2**62])
 def test_an_order_of_billions_stays_in_range_and_repeats_nothing(size):
     place = np.concatenate([np.arange(5000), np.arange(size - 5000, size)])
-    value = permuted(place, size, (1, 2, 3))
+    value = permutation_at(place, size, (1, 2, 3))
     assert value.min() >= 0
     assert value.max() < size
     assert len(set(value.tolist())) == len(place)
@@ -45,7 +45,7 @@ def test_an_order_of_billions_stays_in_range_and_repeats_nothing(size):
 
 def test_every_key_has_an_order_of_its_own():
     keys = [(seed, 0, epoch, window) for seed in range(4) for epoch in range(5) for window in range(5)]
-    orders = {tuple(permuted(np.arange(500), 500, key).tolist()) for key in keys}
+    orders = {tuple(permutation_at(np.arange(500), 500, key).tolist()) for key in keys}
     assert len(orders) == len(keys)
 
 
@@ -53,7 +53,7 @@ def test_every_value_of_a_short_order_is_as_frequent_at_every_place():
     size, keys = 6, 1200
     counts = np.zeros((size, size))
     for key in range(keys):
-        counts[np.arange(size), permuted(np.arange(size), size, (key,))] += 1
+        counts[np.arange(size), permutation_at(np.arange(size), size, (key,))] += 1
     assert abs(surprise(counts, (size - 1) ** 2)) < 5
 
 
@@ -86,7 +86,7 @@ SIZES = [997, 10_000, 10_007, 16_384]
 @pytest.mark.parametrize("size", SIZES)
 def test_an_order_looks_random(size):
     for key in range(20):
-        found = surprises(permuted(np.arange(size), size, (key, 0, 3)))
+        found = surprises(permutation_at(np.arange(size), size, (key, 0, 3)))
         assert max(found.values()) < 6, found
     assert max(surprises(np.random.default_rng(0).permutation(size)).values()) < 6
 
@@ -95,7 +95,9 @@ def test_an_order_looks_random(size):
 def test_the_check_for_randomness_finds_an_order_of_too_few_rounds(monkeypatch, rounds):
     monkeypatch.setattr(examples_module, "NUM_ROUNDS", rounds)
     for size in SIZES[1:]:
-        assert all(max(surprises(permuted(np.arange(size), size, (key,))).values()) > 20 for key in range(5))
+        assert all(
+            max(surprises(permutation_at(np.arange(size), size, (key,))).values()) > 20 for key in range(5)
+        )
 
 
 def test_the_check_for_randomness_finds_an_affine_order():
@@ -327,7 +329,7 @@ def test_each_epoch_of_an_artifact_shows_each_visible_example_once(
 
 def test_windows_of_an_epoch_hold_every_shard_once_in_an_order_of_the_epochs_own(written):
     examples = opened(written(), STREAMED)
-    packings = [examples._packed(epoch) for epoch in range(20)]
+    packings = [examples._pack(epoch) for epoch in range(20)]
     for windows in packings:
         assert sorted(np.concatenate(windows).tolist()) == list(range(NUM_SHARDS))
         assert all(examples._events_S[window].sum() <= STREAMED // 2 for window in windows)
@@ -395,13 +397,13 @@ def test_at_most_two_windows_are_in_memory_and_a_thread_reads_the_next(written, 
     assert len(readings) > 6
     assert max(in_memory) == 2
     assert all(thread is not threading.main_thread() for _, thread in readings)
-    epochs = [shards for epoch in range(200) for shards in examples._packed(epoch)]
+    epochs = [shards for epoch in range(200) for shards in examples._pack(epoch)]
     assert [shards for shards, _ in readings] == [shards.tolist() for shards in epochs[: len(readings)]]
 
 
 def test_a_resumed_run_reads_only_from_its_window_on(written):
     examples = opened(written(), STREAMED)
-    windows = examples._packed(0)
+    windows = examples._pack(0)
     sizes = [int(examples._examples_S[window].sum()) for window in windows]
     readings, _ = watched(examples)
     start = (sizes[0] + sizes[1] + BATCHES_PER_GROUP - 1) // BATCHES_PER_GROUP * BATCHES_PER_GROUP

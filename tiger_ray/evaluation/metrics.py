@@ -1,12 +1,11 @@
-"""Ranked lists -> accuracy with its uncertainty, whom it serves, and what is shown: full ranking, item level.
+"""Ranked lists -> accuracy with intervals, accuracy by group, and the items shown: full ranking, item level.
 
-One held-out event per user. A hit is the target item itself, with its disambiguator; an item that only shares
-its codewords is a miss. All accuracy follows from how many users have their target at which rank, resampled
-users included, so workers count, counts of disjoint users add up, and no later step knows how many users
-there are.
+Each user has one held-out event. A hit is the target item with its disambiguator; an item that only shares the
+target's codewords is a miss. All accuracy, also of resampled users, follows from counts of users by the rank of
+their target. Workers count, and counts of disjoint users add up, so memory does not grow with users.
 
 B users, P places of a ranked list, C cells of a count by rank: rank 1 to rank P, then the users whose target is
-not there (C = P + 1), G groups, N items, E events of all users, M metrics, R resamples.
+not in the list (C = P + 1), G groups, N items, E events of all users, M metrics, R resamples.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ Ints = npt.NDArray[np.signedinteger[Any]]
 
 
 NOT_RANKED = 2**62
-"""Rank of a target that is not in the list; beyond every K."""
+"""Rank of a target that is not in the list; larger than every K."""
 
 
 COLD = 10
-"""The popularity group of items without a training event; those of the others are 0 to 9."""
+"""The popularity group of items without a training event; items with events have groups 0 to 9."""
 
 
 def ranks(item_index_BP: Ints, target_B: Ints) -> npt.NDArray[np.int64]:
     """Rank of each user's target, 1 for the best.
 
     Args:
-        item_index_BP: ranked items, (B, P); -1 after the last. A repeated item counts at its best place.
+        item_index_BP: ranked items, (B, P); -1 after the last item. A repeated item counts at its best place.
         target_B: held-out items, (B,).
 
     Returns:
@@ -47,7 +46,7 @@ def ranks(item_index_BP: Ints, target_B: Ints) -> npt.NDArray[np.int64]:
 
 
 def rank_counts(rank_B: Ints, num_places: int) -> npt.NDArray[np.int64]:
-    """How many users have which rank, (C,) int64 with C = `num_places` + 1; larger ranks are misses."""
+    """Number of users with each rank, (C,) int64 with C = `num_places` + 1; larger ranks are misses."""
     return np.bincount(_cells(rank_B, num_places), minlength=num_places + 1)
 
 
@@ -57,10 +56,10 @@ def grouped_rank_counts(
     """`rank_counts` of each group of users, (G, C) int64.
 
     Args:
-        rank_B: as `ranks` gives them, (B,).
-        num_places: P, at least every K that is asked for later.
-        group_B: 0 to G - 1, (B,): history lengths as `np.digitize(length_B, edges)`, targets as
-            `popularity_groups(...)[target_B]`.
+        rank_B: result of `ranks`, (B,).
+        num_places: P, at least the largest K of a later metric.
+        group_B: group of each user, 0 to G - 1, (B,): `np.digitize(length_B, edges)` for history lengths,
+            `popularity_groups(...)[target_B]` for the popularity of targets.
         num_groups: G.
     """
     cell = group_B.astype(np.int64) * (num_places + 1) + _cells(rank_B, num_places)
@@ -68,19 +67,25 @@ def grouped_rank_counts(
 
 
 def joint_rank_counts(rank_B: Ints, other_rank_B: Ints, num_places: int) -> npt.NDArray[np.int64]:
-    """How many users have which pair of ranks from two rankers, (C, C) int64; the first ranker's are the rows."""
+    """Number of users with each pair of ranks from two rankers, (C, C) int64.
+
+    Args:
+        rank_B: ranks of the first ranker, the rows of the result, (B,).
+        other_rank_B: ranks of the second ranker, the columns of the result, (B,).
+        num_places: P, at least the largest K of a later metric.
+    """
     return grouped_rank_counts(other_rank_B, num_places, _cells(rank_B, num_places), num_places + 1)
 
 
 def share_found(item_index_BP: Ints, sought_BP: Ints) -> npt.NDArray[np.float64]:
-    """Share of each user's sought items that are among the items of the same user.
+    """Share of each user's sought items that are in the list of the same user.
 
     Args:
-        item_index_BP: items of a list, (B, P), each at most once; -1 after the last.
-        sought_BP: items to be found, likewise, (B, P'); all P P' pairs of a user are compared.
+        item_index_BP: items of a list, (B, P), each at most once; -1 after the last item.
+        sought_BP: items to find, (B, P'), each at most once; -1 after the last item. The cost is P P' per user.
 
     Returns:
-        (B,); 1 where nothing is sought.
+        (B,) float64; 1 for a user without sought items.
     """
     sought = sought_BP >= 0
     found_B = ((sought_BP[:, :, None] == item_index_BP[:, None, :]).any(2) & sought).sum(1)
@@ -93,7 +98,11 @@ def _cells(rank_B: Ints, num_places: int) -> Ints:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over users and its interval."""
+    """A mean over users and its interval.
+
+    >>> Estimate(0.25, 0.2, 0.3).excludes_zero
+    True
+    """
 
     value: float
     low: float
@@ -101,20 +110,20 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool:
-        """Of a difference: is it more than chance?"""
+        """True for a difference that chance does not explain: the interval does not hold 0."""
         return self.low > 0 or self.high < 0
 
 
 def metrics(count_C: Ints, ks: Sequence[int]) -> dict[str, float]:
-    """Recall@K, NDCG@K and MRR@K for each K, and the number of users; zeros if there is nobody.
+    """Recall@K, NDCG@K and MRR@K for each K, and the number of users; zeros without users.
 
     Args:
         count_C: users by rank, (C,).
         ks: cut-offs K, none of them beyond the last place.
 
-    Source: Recall@K and NDCG@K for leave-one-out as in the paper, section 4: with one relevant item they are
-    the share of users with a rank of at most K, and their mean of 1 / log2(rank + 1). MRR@K is the mean of
-    1 / rank. All others add 0.
+    Source: Recall@K and NDCG@K for leave-one-out as in TIGER, Rajput et al. 2023, section 4. With one relevant
+    item, Recall@K is the share of users with a rank of at most K. NDCG@K is the mean of 1 / log2(rank + 1), and
+    MRR@K the mean of 1 / rank, over all users, where users with a larger rank add 0.
     """
     users = int(count_C.sum())
     gains = _gains(len(count_C), ks)
@@ -127,17 +136,17 @@ def metrics(count_C: Ints, ks: Sequence[int]) -> dict[str, float]:
 def estimates(
     count_C: Ints, ks: Sequence[int], *, num_resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> dict[str, Estimate]:
-    """The metrics of users by rank, (C,), each with its percentile bootstrap interval over users.
+    """The metrics of `metrics`, each with its percentile bootstrap interval over users.
 
     Args:
         count_C: users by rank, (C,).
         ks: cut-offs K, none of them beyond the last place.
         num_resamples: R.
-        confidence: share of the resamples that the interval holds.
+        confidence: share of the resamples within the interval, 0 to 1.
         seed: of the resamples.
 
-    Source: Efron and Tibshirani 1993, chapter 13. That users drawn with replacement are a multinomial draw of
-    counts by rank is ours; it makes the cost depend on ranks, not on users.
+    Source: Efron and Tibshirani 1993, chapter 13. Ours: drawing users with replacement is a multinomial draw
+    of counts by rank, whose cost does not grow with users.
     """
     return _bootstrap(count_C, _gains(len(count_C), ks), num_resamples, confidence, seed)
 
@@ -145,12 +154,12 @@ def estimates(
 def differences(
     joint_CC: Ints, ks: Sequence[int], *, num_resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> dict[str, Estimate]:
-    """What the first ranker has more of each metric than the second, with its paired bootstrap interval.
+    """Each metric of the first ranker minus that of the second, with its paired bootstrap interval.
 
-    Both are compared user by user, so what makes users easy or hard for both cancels out.
+    The rankers are compared user by user, so differences between users cancel out.
 
     Args:
-        joint_CC: users by both ranks, (C, C), of `joint_rank_counts`.
+        joint_CC: users by both ranks, (C, C), result of `joint_rank_counts`.
         ks, num_resamples, confidence, seed: as in `estimates`.
     """
     gains = {
@@ -160,7 +169,7 @@ def differences(
 
 
 def _gains(num_cells: int, ks: Sequence[int]) -> dict[str, npt.NDArray[np.float64]]:
-    """What a user in each cell adds to the sum of each metric, (C,)."""
+    """Contribution of a user in each cell to the sum of each metric, (C,)."""
     assert max(ks) < num_cells, f"users are counted up to rank {num_cells - 1}, and K is {max(ks)}"
     rank_P = np.arange(1, num_cells)
     gains = {"recall": np.ones(num_cells - 1), "ndcg": 1 / np.log2(rank_P + 1), "mrr": 1 / rank_P}
@@ -178,8 +187,8 @@ def _bootstrap(
     confidence: float,
     seed: int,
 ) -> dict[str, Estimate]:
-    """Means of `gains`, each (C,), over the users that are counted, with percentile intervals."""
-    # numpy gives the last cell what rounding leaves over, so that must not be an empty one
+    """Means of `gains`, each (C,), over the counted users, with percentile intervals."""
+    # numpy's multinomial gives the last cell the rounding remainder, so the last cell must not be empty.
     seen = np.flatnonzero(count_C)
     if not len(seen):
         return dict.fromkeys(gains, Estimate(0.0, 0.0, 0.0))
@@ -195,21 +204,21 @@ def _bootstrap(
 
 
 def popularity_ranks(training_events_N: Ints) -> npt.NDArray[np.int64]:
-    """Rank of each item by its training events, (N,) int64: 1 for the most, ties by item_index."""
+    """Rank of each item by its training events, (N,) int64: 1 for the most events, ties by item_index."""
     rank_N = np.empty(len(training_events_N), np.int64)
     rank_N[np.argsort(-training_events_N, kind="stable")] = np.arange(1, len(rank_N) + 1)
     return rank_N
 
 
 def popularity_groups(training_events_N: Ints) -> npt.NDArray[np.int8]:
-    """The tenth that each warm item belongs to by `popularity_ranks`, (N,) int8: 0 the most popular; or `COLD`."""
+    """Popularity group of each item, (N,) int8: tenths of the warm items, 0 the most popular; or `COLD`."""
     warm_N = training_events_N > 0
     tenth_N = (popularity_ranks(training_events_N) - 1) * 10 // max(int(warm_N.sum()), 1)
     return np.where(warm_N, tenth_N, COLD).astype(np.int8)
 
 
 def targets_in_history(item_E: Ints, lengths_B: Ints, target_B: Ints) -> npt.NDArray[np.bool_]:
-    """Is the target in the user's own history? (B,) bool: where histories are masked, those can never be hit.
+    """True where the target is in the user's history, (B,) bool: masking histories makes such a hit impossible.
 
     Args:
         item_E: items of all histories one after the other, (E,).
@@ -224,13 +233,19 @@ def targets_in_history(item_E: Ints, lengths_B: Ints, target_B: Ints) -> npt.NDA
 
 @dataclass(frozen=True)
 class Exposure:
-    """What the lists of some users show; those of disjoint users add up."""
+    """Counts of the items in the lists of some users. Exposures of disjoint users add up.
+
+    >>> lists_BP, category_N = np.array([[0, 1], [0, -1]]), np.array([5, 5, 5])
+    >>> exposure = Exposure.of(lists_BP, np.array([True, True, True]), category_N)
+    >>> exposure.shown_N.tolist(), (exposure + exposure).users
+    ([2, 1, 0], 4)
+    """
 
     shown_N: npt.NDArray[np.int64]
-    """Users to whom each item is shown, (N,); entries that are invalid do not count."""
+    """Number of users with each item in their list, (N,); invalid entries do not count."""
     users: int
     entries: int
-    """Length of all lists together, invalid entries included."""
+    """Total length of all lists, with invalid entries."""
     short_lists: int
     """Users whose list ends before the last place."""
     entropy_sum: float
@@ -238,15 +253,15 @@ class Exposure:
 
     @classmethod
     def of(cls, item_index_BP: Ints, eligible_N: npt.NDArray[np.bool_], category_N: Ints) -> Exposure:
-        """Count the entries of lists, and the invalid ones: no eligible item, or a repeat within the list.
+        """Count the entries of lists. An entry is invalid if it is not an eligible item, or a repeat in the list.
 
         Args:
-            item_index_BP: shown items, (B, P); -1 after the last. An index of N or more is no item.
-            eligible_N: may the item be recommended? (N,) bool.
+            item_index_BP: shown items, (B, P); -1 after the last item. An index of N or more is invalid.
+            eligible_N: true for an item that may be recommended, (N,) bool.
             category_N: as in `category_entropy`.
         """
         sorted_BP = np.sort(item_index_BP, axis=1)
-        valid_BP = _differs_from_left(sorted_BP) & _looked_up(eligible_N, sorted_BP, False)
+        valid_BP = _differs_from_left(sorted_BP) & _look_up(eligible_N, sorted_BP, False)
         length_B = (item_index_BP >= 0).sum(axis=1)
         return cls(
             shown_N=np.bincount(sorted_BP[valid_BP], minlength=len(eligible_N)),
@@ -266,17 +281,17 @@ class Exposure:
         )
 
     def metrics(self, eligible_N: npt.NDArray[np.bool_], training_events_N: Ints) -> dict[str, float]:
-        """How widely and to what items the lists point.
+        """Spread and popularity of the shown items.
 
         Args:
-            eligible_N: may the item be recommended? (N,) bool.
+            eligible_N: true for an item that may be recommended, (N,) bool.
             training_events_N: events of each item that training saw, (N,).
 
         Returns:
-            `coverage`, share of the eligible items that somebody is shown; `gini` over the eligible items;
-            `popularity_rank`, mean of `popularity_ranks`, and `cold_share`, share of items without a training
-            event, both over all valid entries; `invalid_share` of all entries; `short_lists`, users; `entropy`,
-            mean over users.
+            `coverage`, the share of eligible items in at least one list; `gini` over the eligible items;
+            `popularity_rank`, the mean of `popularity_ranks` over valid entries; `cold_share`, the share of
+            valid entries without a training event; `invalid_share` of all entries; `short_lists`, the number
+            of users; `entropy`, the mean of `category_entropy` over users.
         """
         shown = self.shown_N[eligible_N]
         valid = int(self.shown_N.sum())
@@ -292,7 +307,7 @@ class Exposure:
 
 
 def gini(count_N: Ints) -> float:
-    """Gini index of counts (N,): 0 if all are equal, (N - 1) / N if one item has everything; 0 if there are none.
+    """Gini index of counts (N,): 0 for equal counts, (N - 1) / N if one item has all counts; 0 without counts.
 
     Source: mean absolute difference over twice the mean, in its form for sorted values.
     """
@@ -305,15 +320,15 @@ def category_entropy(item_index_BP: Ints, category_N: Ints) -> npt.NDArray[np.fl
     """Entropy in nats of the categories in each user's list, (B,) float64; 0 for an empty list.
 
     Args:
-        item_index_BP: the first K items shown, (B, P = K); -1 after the last. A short list is measured as it is.
-        category_N: category of each item, (N,); -1 for unknown, which counts as one more category.
+        item_index_BP: the first K shown items, (B, P = K); -1 after the last item. A list may be short.
+        category_N: category of each item, (N,); -1 for an unknown category, which counts as a category.
 
-    Source: Entropy@K of the paper, its study of diversity; the base of the logarithm is ours.
+    Source: Entropy@K of TIGER, Rajput et al. 2023, study of diversity; the base of the logarithm is ours.
     """
     num_users, num_places = item_index_BP.shape
     there_BP = item_index_BP >= 0
-    category_BP = np.sort(np.where(there_BP, _looked_up(category_N, item_index_BP, -1), -2), axis=1)
-    # a run of equal categories never goes on in the next row
+    category_BP = np.sort(np.where(there_BP, _look_up(category_N, item_index_BP, -1), -2), axis=1)
+    # `_differs_from_left` starts a run in every row, so a run never spans two rows.
     start = np.flatnonzero(_differs_from_left(category_BP))
     length = np.diff(start, append=category_BP.size)
     known = category_BP.ravel()[start] > -2
@@ -323,13 +338,13 @@ def category_entropy(item_index_BP: Ints, category_N: Ints) -> npt.NDArray[np.fl
     return entropy_B.astype(np.float64)  # numpy gives integers if all lists are empty
 
 
-def _looked_up(value_N: npt.NDArray[Any], item_index_BP: Ints, other: int) -> npt.NDArray[Any]:
-    """Value of each entry, (B, P); `other` where it is no item, be it -1 or N and more."""
+def _look_up(value_N: npt.NDArray[Any], item_index_BP: Ints, other: int) -> npt.NDArray[Any]:
+    """Value of each entry, (B, P); `other` for an index that is -1, or N or more."""
     return np.append(value_N, np.asarray(other, value_N.dtype))[np.minimum(item_index_BP, len(value_N))]
 
 
 def _differs_from_left(sorted_BP: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """Does a run of equal values begin here? (B, P) bool."""
+    """True where a run of equal values begins in a row, (B, P) bool."""
     begins_BP = np.ones(sorted_BP.shape, bool)
     begins_BP[:, 1:] = sorted_BP[:, 1:] != sorted_BP[:, :-1]
     return begins_BP

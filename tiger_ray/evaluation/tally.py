@@ -1,6 +1,6 @@
 """Counts of one shard of users, and metrics from the sum of all counts.
 
-B users, K places of a list.
+B users, P places of a list, C = P + 1 cells of a count by rank, G groups of users, N items.
 """
 
 from __future__ import annotations
@@ -26,14 +26,26 @@ LENGTH_EDGES = (3, 5, 10, 20)
 
 @dataclass(frozen=True)
 class Tally:
-    """What the lists of some users say; those of disjoint users add up."""
+    """Counts from the lists of some users. Tallies of disjoint users add up.
+
+    >>> eligible_N, category_N = np.ones(2, bool), np.array([0, 1])
+    >>> exposure = Exposure.of(np.array([[1]]), eligible_N, category_N)
+    >>> count_C, groups_GC = np.array([1, 0]), np.zeros((1, 2), int)
+    >>> tally = Tally(count_C, np.diag(count_C), groups_GC, groups_GC, 0, exposure)
+    >>> (tally + tally).count_C.tolist()
+    [2, 0]
+    """
 
     count_C: npt.NDArray[np.int64]
+    """Users by rank of their target."""
     joint_CC: npt.NDArray[np.int64]
-    """By the rank of the ranker and that of popularity."""
+    """Users by the ranker's rank (rows) and by the rank of popularity (columns)."""
     by_length_GC: npt.NDArray[np.int64]
+    """Users by group of history length and by rank."""
     by_popularity_GC: npt.NDArray[np.int64]
+    """Users by popularity group of their target and by rank."""
     repeated_targets: int
+    """Users whose target is in their history."""
     exposure: Exposure
 
     def __add__(self, other: Tally) -> Tally:
@@ -46,7 +58,14 @@ def tally_of(
     popularity_group_N: npt.NDArray[np.int8],
     category_N: npt.NDArray[np.int32],
 ) -> Tally:
-    """Tally of one table of lists (`schemas.ranked_lists`)."""
+    """Tally of one table of lists.
+
+    Args:
+        lists: rows of `schemas.ranked_lists`, one per user.
+        eligible_N: true for an item that may be recommended, (N,) bool.
+        popularity_group_N: result of `metrics.popularity_groups`, (N,) int8.
+        category_N: as in `metrics.category_entropy`, (N,) int32.
+    """
     item_BP = schemas.matrix_of(lists.column("items"))
     num_places = item_BP.shape[1]
     target_B = lists.column("target").to_numpy()
@@ -63,7 +82,7 @@ def tally_of(
 
 
 def sum_of(parts: Iterable[Any]) -> Any:
-    """Sum of what adds up, of one part at least; two of them are in memory at a time."""
+    """Sum of at least one part, such as tallies; at most two parts are in memory at a time."""
     return functools.reduce(operator.add, parts)
 
 

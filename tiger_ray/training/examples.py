@@ -1,15 +1,15 @@
-"""Histories -> training examples: every one once per epoch, in a random order that takes no memory.
+"""Histories -> training examples: each example once per epoch, in a random order that takes no memory.
 
-An example is a user's history cut before one of its events: the items before it, and the item itself as the
-target. Examples are never stored. They form one endless row, epoch after epoch; what stands at a place of it
-follows from the seed and the sizes of the user shards alone, so any worker can start at any step.
+An example is an event of a user as the target, and the events before it as the history. Examples are never
+stored. They form one endless row, epoch after epoch. The example at a place of the row follows from the seed
+and the sizes of the user shards, so any worker can start at any step.
 
-If the events fit into memory they are read once, and an epoch is one permutation of all examples. If not,
-every epoch shuffles the user shards and packs them into windows; the row goes through one window after the
-other, and a thread reads the next one meanwhile.
+If the events fit into memory, they are read once, and an epoch is one permutation of all examples. Otherwise
+every epoch shuffles the user shards and packs them into windows. The row passes through the windows one after
+the other, and a thread reads the next window in advance.
 
 B examples of one batch or of one group of batches, E events (of a batch or of a window), U users of a window,
-S user shards, N places.
+S user shards, N places or rows.
 """
 
 from __future__ import annotations
@@ -30,28 +30,33 @@ from tiger_ray.core.hashing import splitmix64
 from tiger_ray.errors import DataError
 
 BATCHES_PER_GROUP = 64
-"""Batches that are sorted by length together, so that a batch holds histories of about one length."""
+"""Batches that are sorted by length together, so that a batch holds histories of similar lengths."""
 
 
 NUM_ROUNDS = 8
-"""Rounds of the permutation; with fewer than 6 some pairs of places show."""
+"""Rounds of the permutation; with fewer than 6, some pairs of places are visibly correlated."""
 
 
 IN_WINDOW, SHARDS, BATCHES = range(3)
-"""What a permutation orders: part of its key."""
+"""Uses of a permutation, as part of its key: examples of a window, user shards, batches of a group."""
 
 
 class Batch(NamedTuple):
-    """Some examples, as `tokens.pad_histories` wants them."""
+    """Some examples.
+
+    >>> batch = Batch(np.array([5, 7, 9]), np.array([1, 2]), np.array([0, 0], np.uint64), np.array([6, 8]))
+    >>> batch.take(np.array([1])).item_E.tolist()
+    [7, 9]
+    """
 
     item_E: npt.NDArray[np.int32]
     """item_index of the histories, one after the other, oldest event first."""
     lengths_B: npt.NDArray[np.int64]
-    """Events per history; they sum to E."""
+    """Events per history; their sum is E."""
     user_hash_B: npt.NDArray[np.uint64]
     """Hash of the user id, for user buckets."""
     target_B: npt.NDArray[np.int32]
-    """item_index of what comes next."""
+    """item_index of the next event."""
 
     def take(self, row_N: npt.NDArray[np.int64]) -> Batch:
         """These rows, in this order."""
@@ -61,7 +66,7 @@ class Batch(NamedTuple):
         return Batch(item_E, lengths_N, self.user_hash_B[row_N], self.target_B[row_N])
 
     def split(self, ends: Sequence[int]) -> list[Batch]:
-        """Neighbouring rows up to each of these ends, as views."""
+        """Cut the rows at these ends; the parts are views."""
         end_B = np.concatenate([[0], np.cumsum(self.lengths_B)])
         return [
             Batch(
@@ -76,23 +81,29 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Histories:
-    """Histories in memory: of those users that give an example, and only events that training may see."""
+    """Histories in memory: users with an example, and the events that training may see.
+
+    >>> histories = Histories(np.array([5, 6, 7, 1, 2]), np.array([2, 3]), np.array([0, 0], np.uint64))
+    >>> batch = histories.cut(np.array([1]), max_history=20)
+    >>> len(histories), batch.item_E.tolist(), batch.target_B.tolist()
+    (3, [5, 6], [7])
+    """
 
     item_index_E: npt.NDArray[np.int32]
     """Events of all users, each user's oldest first."""
     end_U: npt.NDArray[np.int64]
-    """Examples of each user and of all before; a user has one less than events."""
+    """Number of examples up to and with each user; a user has one example less than events."""
     user_hash_U: npt.NDArray[np.uint64]
 
     def __len__(self) -> int:
-        """Examples."""
+        """Number of examples."""
         return int(self.end_U[-1]) if len(self.end_U) else 0
 
     def cut(self, example_B: npt.NDArray[np.int64], max_history: int) -> Batch:
-        """These examples, with at most the `max_history` most recent events of their histories."""
+        """These examples, numbers (B,), with at most the `max_history` most recent events of each history."""
         user_B = np.searchsorted(self.end_U, example_B, side="right")
         first_B = np.where(user_B > 0, self.end_U[user_B - 1], 0)
-        # Every user before has one event more than examples, and the first event of this one is no target.
+        # Every earlier user has one event more than examples, and this user's first event is not a target.
         target_B = example_B + user_B + 1
         lengths_B = np.minimum(example_B - first_B + 1, max_history)
         item_E = self.item_index_E[ranges(target_B - lengths_B, lengths_B)]
@@ -100,7 +111,7 @@ class Histories:
 
 
 class _Window(NamedTuple):
-    """User shards that are in memory together, and where in their permutation to start."""
+    """User shards that are in memory together, and the first place in the permutation of their examples."""
 
     shards: npt.NDArray[np.int64]
     size: int
@@ -109,16 +120,23 @@ class _Window(NamedTuple):
 
 
 class Examples:
-    """All training examples, and the batches they make.
+    """All training examples, and the batches of these examples.
 
     Args:
-        events_S: events of each user shard, at most.
-        examples_S: examples of each.
-        read: the histories of some shards, given by number.
+        events_S: most events of each user shard, (S,) int64.
+        examples_S: examples of each user shard, (S,) int64.
+        read: called with numbers of shards; gives their histories.
         max_history: most recent items of a history that the model reads.
-        events_in_memory: more events than this are streamed; then a window holds at most half as many, since
-            two are in memory, one in use and one being read.
+        events_in_memory: more events than this are streamed in windows of half this size: one window is in
+            use while a thread reads the next.
         seed: of every order.
+
+    >>> examples = Examples.of(
+    ...     np.array([5, 6, 7, 1, 2], np.int32), np.array([3, 2]), np.zeros(2, np.uint64), max_history=20, seed=0
+    ... )
+    >>> (batch,) = next(examples.batches(global_batch_size=3))
+    >>> len(examples), len(batch.target_B), {*batch.target_B.tolist()} <= {6, 7, 2}
+    (3, 3, True)
     """
 
     def __init__(
@@ -135,7 +153,7 @@ class Examples:
         self._max_history, self._seed = max_history, seed
         self._window_events = events_in_memory // 2
         self.streamed = int(events_S.sum()) > events_in_memory
-        """Whether the events do not fit into memory."""
+        """True if the events do not fit into memory."""
         self._kept: Histories | None = None
 
     @classmethod
@@ -148,7 +166,7 @@ class Examples:
         max_history: int,
         seed: int,
     ) -> Examples:
-        """Examples of histories that are in memory, all of whose events training may see.
+        """Examples of histories in memory; training may see all their events.
 
         Args:
             item_index_E: events of all users, each user's oldest first, (E,) int32.
@@ -188,26 +206,26 @@ class Examples:
         id_length: int = 1,
         user_token: bool = False,
     ) -> Iterator[list[Batch]]:
-        """What one worker reads at each step, from step `start` on, without end.
+        """One worker's examples of each step, from step `start` on, without end.
 
-        The global batch of a step is sorted by length, and each worker takes every `world_size`-th example of
-        it. It is the same for any number of workers. An epoch ends wherever it ends in a batch.
+        The global batch of a step is sorted by length, and each worker takes every `world_size`-th example.
+        The global batch does not depend on the number of workers. An epoch may end within a batch.
 
         Args:
             global_batch_size: examples per step over all workers.
-            start: step of the first batches.
-            rank: of this worker.
-            world_size: workers in all.
-            batch_tokens: most padded tokens of a batch, those that the decoder reads among them (one example
-                may have more); None: a worker's share of a step is one batch.
+            start: first step.
+            rank: rank of this worker, from 0.
+            world_size: number of workers.
+            batch_tokens: most tokens of a batch, with padding and the decoder's tokens, except for a batch of
+                one example; None: a worker's share of a step is one batch.
             id_length: tokens per item.
-            user_token: there is one more token per example.
+            user_token: true for one more token per example.
 
         Returns:
-            One item per step: the batches that make up the worker's share, shortest histories first.
+            One list per step: the batches of the worker's share, shortest histories first.
 
         Raises:
-            DataError: there is no example.
+            DataError: no history has an example.
         """
         if not len(self):
             raise DataError("no training example: no history has two events that training may see")
@@ -226,9 +244,9 @@ class Examples:
         number, skipped = divmod(start, BATCHES_PER_GROUP)
         for group in self._groups(number, BATCHES_PER_GROUP * global_batch_size):
             by_length = np.argsort(group.lengths_B, kind="stable").reshape(BATCHES_PER_GROUP, -1)
-            # A model should not see its examples from short to long.
+            # Shuffle the batches: a model should not see its examples from short to long.
             key = (self._seed, BATCHES, number)
-            order = permuted(np.arange(skipped, BATCHES_PER_GROUP), BATCHES_PER_GROUP, key)
+            order = permutation_at(np.arange(skipped, BATCHES_PER_GROUP), BATCHES_PER_GROUP, key)
             mine = by_length[order, rank::world_size]
             share_ends = np.arange(1, len(mine) + 1) * mine.shape[1]
             for step in group.take(mine.ravel()).split(share_ends.tolist()):
@@ -236,37 +254,37 @@ class Examples:
             number, skipped = number + 1, 0
 
     def _groups(self, number: int, size: int) -> Iterator[Batch]:
-        """Groups of `size` neighbours in the row of all epochs, from group `number` on."""
+        """Groups of `size` consecutive examples in the row of all epochs, from group `number` on."""
         parts: list[Batch] = []
         missing = size
         for window, histories in self._in_memory(self._windows(number * size)):
             place = window.place
             while place < window.size:
                 end = min(place + missing, window.size)
-                example_B = permuted(np.arange(place, end), window.size, window.key)
+                example_B = permutation_at(np.arange(place, end), window.size, window.key)
                 parts.append(histories.cut(example_B, self._max_history))
                 place, missing = end, missing - len(example_B)
                 if not missing:
                     yield Batch(*map(np.concatenate, zip(*parts, strict=True)))
                     parts, missing = [], size
-            del histories  # before the loop asks for the next window, or three of them would be in memory
+            del histories  # free the window before the loop asks for the next, or three would be in memory
 
     def _windows(self, first: int) -> Iterator[_Window]:
-        """The windows of the row of all epochs, from the one on that holds place `first` of it."""
+        """The windows of the row of all epochs, from the window with place `first` on."""
         first_epoch, place = divmod(first, len(self))
         for epoch in count(first_epoch):
-            for number, shards in enumerate(self._packed(epoch)):
+            for number, shards in enumerate(self._pack(epoch)):
                 size = int(self._examples_S[shards].sum())
                 if place < size:
                     yield _Window(shards, size, (self._seed, IN_WINDOW, epoch, number), place)
                 place = max(0, place - size)
 
-    def _packed(self, epoch: int) -> list[npt.NDArray[np.int64]]:
+    def _pack(self, epoch: int) -> list[npt.NDArray[np.int64]]:
         """The shards of each window of an epoch."""
         shards = np.arange(len(self._events_S))
         if not self.streamed:
             return [shards]
-        shards = permuted(shards, len(shards), (self._seed, SHARDS, epoch))
+        shards = permutation_at(shards, len(shards), (self._seed, SHARDS, epoch))
         borders, room = [], self._window_events
         for number, events in enumerate(self._events_S[shards].tolist()):
             if events > room:
@@ -292,18 +310,18 @@ class Examples:
                 window = following
 
 
-def permuted(place_N: npt.NDArray[np.int64], size: int, key: tuple[int, ...]) -> npt.NDArray[np.int64]:
-    """What stands at some places of a random permutation of 0 to `size` - 1.
+def permutation_at(place_N: npt.NDArray[np.int64], size: int, key: tuple[int, ...]) -> npt.NDArray[np.int64]:
+    """Values at some places of a random permutation of 0 to `size` - 1, which takes no memory.
 
     Args:
         place_N: places, 0 to `size` - 1, (N,) int64.
-        size: length of the permutation; it takes no memory.
-        key: which permutation; numbers from 0.
+        size: length of the permutation.
+        key: choice of the permutation; numbers from 0.
 
     Returns:
         Values, 0 to `size` - 1, (N,) int64.
 
-    Source: a Feistel network over pairs of numbers below the root of the size, with cycle walking (Black and
+    Source: a Feistel network over pairs of numbers below the root of `size`, with cycle walking (Black and
     Rogaway 2002, method 3).
     """
     side = np.uint64(math.isqrt(size - 1) + 1)
@@ -320,7 +338,7 @@ def _feistel(
     """Permutation of 0 to `side` squared - 1."""
     left_N, right_N = value_N // side, value_N % side
     for round_key in round_keys:
-        # The upper half of the hash as a share of `side`: a division would take longer.
+        # Scale the upper half of the hash to `side`: faster than a division.
         shift_N = (splitmix64(right_N ^ round_key) >> np.uint64(32)) * side >> np.uint64(32)
         sum_N = left_N + shift_N
         left_N, right_N = right_N, sum_N - side * (sum_N >= side)
@@ -330,13 +348,13 @@ def _feistel(
 def _ends(
     batch_tokens: int | None, id_length: int, user_token: bool, lengths_B: npt.NDArray[np.int64]
 ) -> list[int]:
-    """Where to cut histories, sorted by length, into batches of at most `batch_tokens` padded tokens."""
+    """Ends of batches of at most `batch_tokens` padded tokens; `lengths_B` is sorted."""
     limit = math.inf if batch_tokens is None else batch_tokens
     tokens_B = (lengths_B + 1) * id_length + user_token
     ends = [0]
     while ends[-1] < len(tokens_B):
         rest = tokens_B[ends[-1] :]
-        # The last one is the longest, so the tokens of a batch grow with each example.
+        # The last example of a batch is the longest, so each example adds padded tokens.
         fitting = np.searchsorted(rest * np.arange(1, len(rest) + 1), limit, side="right")
         ends.append(ends[-1] + max(1, int(fitting)))
     return ends[1:]

@@ -1,9 +1,9 @@
 """The training loop: batches of examples to weights, on one worker or on one of many.
 
-It trains any network that turns histories into losses; a `Task` says how such a network reads a batch. No Ray
-here: `training.py` starts the workers, and a bare machine with a GPU can call `fit` itself.
+The loop trains any network that turns histories into losses; a `Task` turns a batch into the network's inputs.
+This module needs no Ray: `stages.model` starts the workers, and a script on one machine can call `fit`.
 
-B examples of one batch, T history tokens, I id_length, N items.
+B examples of one batch, I id_length.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tiger_ray.training.examples import Batch
 from tiger_ray.training.log import LossWindow, TrainingLog
 
 BATCH_TOKENS = {"cpu": 16_384, "cuda": 262_144}
-"""Default of `training.batch_tokens`, by kind of device."""
+"""Default of `training.batch_tokens`, by type of device."""
 
 
 def fit(
@@ -46,19 +46,19 @@ def fit(
     """One worker's training loop, from `progress.step` to the last step or the end of patience.
 
     Args:
-        network: the model, wrapped for DDP where there are several workers; its forward takes what `task` gives
+        network: the model, wrapped in DDP if there are several workers. Its forward takes the inputs of `task`
             and the label smoothing, and returns losses, (B, I).
-        optimizer: over the parameters of the network, as it was at `progress.step`.
+        optimizer: over the parameters of the network, in its state at `progress.step`.
         batches: this worker's share of each step from `progress.step` on, in one or several parts.
-        task: how the network reads a batch.
-        settings: schedule, precision, batch size over all workers.
-        progress: what is done; brought up to date at each checkpoint.
-        log: gets every step.
+        task: turns a batch into the network's inputs.
+        settings: section `training`: schedule, precision, batch size over all workers.
+        progress: of the run; updated at each checkpoint.
+        log: receives every batch, step and checkpoint.
         seed: of dropout.
-        rank: of this worker.
-        world_size: workers in all.
-        validate: metrics of the model as it is, the same on all workers.
-        save: called at each checkpoint, every `checkpoint_every_steps` and at the end.
+        rank: rank of this worker, from 0.
+        world_size: number of workers.
+        validate: gives the metrics of the current model, equal on all workers.
+        save: called at each checkpoint: every `training.checkpoint_every_steps` steps, and at the end.
 
     Raises:
         TigerError: the loss or a weight is not finite; the last checkpoint is still good.
@@ -69,22 +69,22 @@ def fit(
     device = next(model.parameters()).device
     dtype = dtype_of(settings.precision, device)
     if device.type == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it knows no gradient of the position bias
+        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN lacks the gradient of the position bias
     loss_window = LossWindow(device)
     network.train()
     for step in range(progress.step, settings.num_steps):
-        # dropout follows from the step, so resuming is exact
+        # Dropout follows from the step, so resuming is exact.
         torch.manual_seed(hash((seed, step, rank)) % 2**63)
         parts = next(batches)
         for left, batch in enumerate(parts, 1 - len(parts)):
             work = task(batch)
-            inputs = [moved(each, device) for each in work.inputs]
+            inputs = [to_device(each, device) for each in work.inputs]
             with (
                 network.no_sync() if left and isinstance(network, DistributedDataParallel) else nullcontext()
             ):
                 with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
                     loss_BI = network(*inputs, settings.label_smoothing)
-                # DDP averages over workers, whose shares may differ by one example
+                # DDP averages over workers, whose shares may differ by one example, so undo its division.
                 scale = world_size / (settings.global_batch_size * loss_BI.shape[1])
                 (loss_BI.sum() * scale).backward()
             loss_window.add(step, loss_BI)
@@ -106,30 +106,33 @@ def fit(
                 break
 
 
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device; for a GPU by way of pinned memory, so that nobody waits for the copy."""
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device; pinned memory makes the copy to a GPU asynchronous."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def require_finite(model: nn.Module, step: int) -> None:
-    """Refuse weights that would make every later loss bad, and a bad checkpoint the last one.
+    """Refuse weights that are not finite, before a checkpoint saves them.
 
     Raises:
-        TigerError: a weight is not finite, which all workers find alike.
+        TigerError: a weight is not finite; all workers raise, because their weights are equal.
     """
     if not torch.stack([weight.isfinite().all() for weight in model.parameters()]).all():
         raise TigerError(
-            f"a weight was not a finite number after step {step:,}, though the loss before it was; the last "
-            "checkpoint is good. Lower training.learning_rate, or try training.precision fp32"
+            f"a weight was not a finite number after step {step:,}, though the loss before it was finite; the "
+            "last checkpoint is good. Lower training.learning_rate, or try training.precision fp32"
         )
 
 
 def learning_rate(step: int, settings: TrainingSettings) -> float:
-    """Linear warm-up to the peak; then a cosine to zero at the last step, or the peak times the root of
-    warm-up steps over steps (source: Vaswani et al. 2017, section 5.3; the paper's own schedule is constant
-    where this one warms up)."""
+    """Learning rate of a step, counted from 0: linear warm-up to the peak, then a decay.
+
+    The decay is a cosine to zero at the last step, or the peak times the root of warm-up steps over steps.
+
+    Source: Vaswani et al. 2017, section 5.3, for the inverse root; TIGER's schedule is constant during warm-up.
+    """
     warmup = settings.warmup_steps
     if step < warmup:
         return settings.learning_rate * (step + 1) / warmup
@@ -140,7 +143,7 @@ def learning_rate(step: int, settings: TrainingSettings) -> float:
 
 
 def make_optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
-    """AdamW or Adafactor; norms, which only scale, are not decayed."""
+    """AdamW or Adafactor, without weight decay of norms and biases."""
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},

@@ -1,4 +1,7 @@
-"""Floating-point operations of one training step, counted from the shapes of the layers."""
+"""Floating-point operations of one training step, counted from the shapes of the layers.
+
+B histories of one batch.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ from tiger_ray.model.t5 import TigerModel
 
 
 def sasrec_operations(model: SasrecModel, lengths_B: npt.NDArray[np.int64]) -> float:
-    """Floating-point operations of one step, forward and backward, without those on padding.
+    """Floating-point operations of one step, forward and backward, without operations on padding.
 
     Args:
-        model: what is trained.
+        model: gives the sizes of the layers.
         lengths_B: items of each history, (B,).
     """
     of, users, items = model.settings, len(lengths_B), float(lengths_B.sum())
@@ -28,10 +31,10 @@ def sasrec_operations(model: SasrecModel, lengths_B: npt.NDArray[np.int64]) -> f
 
 
 def tiger_operations(model: TigerModel, tokens_B: npt.NDArray[np.int64]) -> float:
-    """Floating-point operations of one step, forward and backward, without those on padding.
+    """Floating-point operations of one step, forward and backward, without operations on padding.
 
     Args:
-        model: what is trained.
+        model: gives the sizes of the layers.
         tokens_B: history tokens of each example, (B,).
     """
     of, num_codewords = model.settings, model.vocabulary.id_length

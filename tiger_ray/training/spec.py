@@ -1,4 +1,4 @@
-"""What the workers train, how the workers read examples, and how the model is judged."""
+"""The specification of a training: the model, its task, and its ranker for validation."""
 
 from __future__ import annotations
 
@@ -14,16 +14,26 @@ from tiger_ray.training.collate import Task
 
 @dataclass(frozen=True)
 class Trainee:
-    """What the workers train, how it reads examples, and how it is judged."""
+    """A model to train, its task, and its ranker for validation.
+
+    >>> from tiger_ray.model.sasrec import SasrecModel
+    >>> from tiger_ray.settings.sasrec import SasrecSettings
+    >>> from tiger_ray.training.collate import sasrec_task
+    >>> model = SasrecModel(SasrecSettings(), num_items=100)
+    >>> trainee = Trainee(model, sasrec_task(model), make_ranker=lambda model, device: ..., max_history=50)
+    >>> trainee.id_length
+    1
+    """
 
     model: Any
-    """A module with `to_files`, which gives `MODEL_FILES`."""
+    """A module whose `to_files` gives `MODEL_FILES`."""
     task: Task
+    """Turns a batch into the model's inputs."""
     make_ranker: Callable[[Any, torch.device], Ranker]
-    """Of the model as it is, in evaluation mode."""
+    """Makes a ranker of the current model, in evaluation mode, on a device."""
     max_history: int
-    """Most recent items of a history that it reads."""
+    """Most recent items of a history that the model reads."""
     id_length: int = 1
     """Tokens per item."""
     user_token: bool = False
-    """There is one more token per history."""
+    """True for one more token per history."""

@@ -1,8 +1,8 @@
-"""How good a model is while it is trained: a fixed sample of users, ranked as the finished model ranks them.
+"""Validation during training: the current model ranks a fixed sample of users as the finished model would.
 
 The target is each user's validation event, which training does not see; the test target is never read.
 
-N items, I id_length, B users, E events of all users, C cells of a count by rank.
+B users, E events of all users, K places of a list, C cells of a count by rank.
 """
 
 from __future__ import annotations
@@ -21,11 +21,18 @@ from tiger_ray.evaluation import metrics
 from tiger_ray.rankers.base import Ranker
 
 TOP = 10
+"""K of the metrics."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """A worker's part of the sample."""
+    """One worker's part of the sample of users.
+
+    >>> empty = np.zeros(0, np.int64)
+    >>> sample = Validation(empty, empty, empty, empty, make_ranker=lambda model, device: ...)
+    >>> sample.metrics(nn.Identity(), torch.device("cpu"))
+    {}
+    """
 
     item_E: npt.NDArray[np.int32]
     """Events before each user's target, one user after the other."""
@@ -33,14 +40,14 @@ class Validation:
     """Events per user; at least 1."""
     user_hash_B: npt.NDArray[np.uint64]
     target_B: npt.NDArray[np.int64]
-    """item_index to be ranked."""
+    """item_index of each user's validation event."""
     make_ranker: Callable[[Any, torch.device], Ranker]
-    """Makes a ranker of the model as it is, in evaluation mode, on a device."""
+    """Makes a ranker of the current model, in evaluation mode, on a device."""
 
     def metrics(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """Recall, NDCG and MRR at 10 of the model as it is, over the users of all workers; empty if there are none.
+        """Recall, NDCG and MRR at 10 of the current model, over the users of all workers; empty without users.
 
-        Source: paper section 4 (full ranking; leave-one-out, if that is the holdout), at item level.
+        Source: TIGER, Rajput et al. 2023, section 4: full ranking, at item level.
         """
         rank_B = np.zeros(0, np.int64)
         if len(self.target_B):
