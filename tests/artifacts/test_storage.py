@@ -606,7 +606,7 @@ def failing_store(refusing_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Ca
     [
         (403, "AccessDenied", "Said by the store. Grant these credentials s3:GetObject on bucket bucket "),
         (403, "SignatureDoesNotMatch", "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY"),
-        (400, "ExpiredToken", "renew them and run again; it continues where it stopped"),
+        (400, "ExpiredToken", "renew them and run again; the night continues where it stopped"),
         (400, "AuthorizationHeaderMalformed", "Set AWS_REGION to the region of bucket bucket"),
         (501, "NotImplemented", "lacks conditional writes"),
     ],

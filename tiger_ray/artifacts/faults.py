@@ -9,11 +9,11 @@ CRASH_VARIABLE = "TIGER_RAY_CRASH_AT"
 
 
 BOUNDARIES = ("begin", "computed", "published", "done")
-"""Crash points of every stage, in order: nothing done yet; all files written, no manifest; manifest
-written, `latest.json` not moved; the stage is complete."""
+"""Crash points of every stage, in order: no file written; all files written, but no manifest; manifest written,
+but `latest.json` not moved; stage complete."""
 
 
 def crash_point(name: str) -> None:
-    """SIGKILL this process if the environment names this point; free of cost otherwise."""
+    """Kill this process with SIGKILL if the environment names this point."""
     if os.environ.get(CRASH_VARIABLE) == name:
         os.kill(os.getpid(), signal.SIGKILL)

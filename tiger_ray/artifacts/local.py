@@ -14,15 +14,26 @@ from typing import Any
 
 import pyarrow as pa
 
-from tiger_ray.artifacts.store import InputFile, Outrun, Stored, T
+from tiger_ray.artifacts.store import InputFile, Outrun, Store, Stored, T
 from tiger_ray.errors import StorageError
 
 BROKEN_SYMLINK = "broken symlink"
 """Version that `find` gives to a symlink whose target does not exist."""
 
 
-class LocalStore:
-    """A folder; writes are a temporary file plus a rename or a hard link."""
+class LocalStore(Store):
+    """A folder; a write is a temporary file plus a rename or a hard link.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     store = LocalStore(folder)
+    ...     store.put_if("a.txt", b"first", None)
+    ...     try:
+    ...         store.put_if("a.txt", b"second", None)
+    ...     except Outrun:
+    ...         store.get("a.txt").data
+    b'first'
+    """
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
@@ -90,7 +101,7 @@ class LocalStore:
 
 
 def _files_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """All files, also those of linked folders, but not a second time where a link leads back."""
+    """All files, also in linked folders; a link to a folder above is not followed."""
     real = os.path.realpath(folder)
     if real in above:
         return
@@ -107,7 +118,7 @@ def _files_below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
 
 @contextmanager
 def _temporary_file(path: Path, data: bytes | memoryview) -> Iterator[Path]:
-    """A file with this content beside `path`, on disk before its name is, and gone afterwards."""
+    """A temporary file with this content beside `path`: its content is on disk before the caller renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
@@ -148,7 +159,7 @@ def _os_errors(verb: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # No errno: pyarrow found the content damaged.
+        # pyarrow raises OSError without errno for damaged content.
         if error.errno is None or (verb == "read" and isinstance(error, FileNotFoundError)):
             raise
         advice = _OS_ADVICE.get(error.errno, "correct the path")

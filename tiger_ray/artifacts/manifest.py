@@ -27,7 +27,12 @@ class _Value(BaseModel):
 
 
 class FileEntry(_Value):
-    """One file of a run: where it is, and what it must contain."""
+    """One file of a run: its address, size and digest.
+
+    >>> path = f"_runs/{'0' * 32}/attempt/part.parquet"
+    >>> FileEntry(path=path, bytes=10, rows=1, sha256="0" * 64).name
+    'part.parquet'
+    """
 
     path: str
     """Address relative to ROOT/<artifact>."""
@@ -35,7 +40,7 @@ class FileEntry(_Value):
     rows: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     facts: dict[str, int] = {}
-    """Counts that the writer of the file made on the way."""
+    """Counts by the writer of the file."""
 
     @property
     def name(self) -> str:
@@ -51,36 +56,46 @@ class FileEntry(_Value):
 
 
 class Manifest(_Value):
-    """Everything there is to know about one complete run; a file that no manifest names does not exist."""
+    """The description of one complete run. Readers ignore files that no manifest names.
+
+    >>> manifest = Manifest(artifact="catalog", date="", run_id="0" * 32, fingerprint="0" * 64, files=(),
+    ...     settings={}, inputs={}, metadata={"items": 3}, software={})
+    >>> manifest.digest == manifest.model_copy(update={"date": "2026-11-23"}).digest
+    True
+    """
 
     format_version: int = FORMAT_VERSION
     artifact: str
     date: str
-    """Night it is published for; empty in the manifest of a run that is complete but bound to no date."""
+    """Night that the run is published for; empty in the manifest beside the run's files."""
     run_id: str
     fingerprint: str
     files: tuple[FileEntry, ...]
     settings: dict[str, Any]
     inputs: dict[str, str]
-    """Digest of every artifact it was made from."""
+    """Artifact -> digest, for every artifact that the run was computed from."""
     metadata: dict[str, Any]
     """Deterministic facts about the content."""
     software: dict[str, str]
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the content alone, files and metadata; not of the run, the date or any path."""
+        """SHA-256 of the content: files and metadata, without run, date and paths."""
         return fingerprint(
             {"files": sorted([entry.name, entry.sha256] for entry in self.files), "metadata": self.metadata}
         )
 
     @property
     def rows(self) -> int:
-        """Rows of all files together."""
+        """Total rows of all files."""
         return sum(entry.rows for entry in self.files)
 
     def file(self, name: str) -> FileEntry:
-        """The entry of that name; ArtifactError if the run has no such file."""
+        """The entry with this name.
+
+        Raises:
+            ArtifactError: the run has no such file.
+        """
         for entry in self.files:
             if entry.name == name:
                 return entry

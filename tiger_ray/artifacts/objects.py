@@ -1,6 +1,6 @@
-"""Objects below a root: reads that are verified, and writes that survive a lost answer.
+"""Objects below a root: verified reads, and writes that survive a lost answer.
 
-What storage and a run share. `Storage` publishes; a `Run` writes the files of one computation.
+`Storage` publishes, and `Run` writes the files of one computation; both use this module.
 """
 
 from __future__ import annotations
@@ -25,14 +25,20 @@ RESTORE = "To compute and publish it again: --storage.replace true"
 
 
 class Objects:
-    """Reads and writes below a root; cheap to pickle, holds no connection.
+    """Reads and writes below a root; cheap to pickle, because a pickle holds no connection.
 
     Args:
         root: folder or `s3://bucket/prefix` that every node reaches.
-        commit_deadline_s: seconds to keep trying a request that the store does not answer.
+        commit_deadline_s: seconds to repeat a request that the store does not answer.
 
     Raises:
-        SettingsError: the root is neither a folder nor an S3 address, or carries credentials.
+        SettingsError: the root is neither a folder nor an S3 address, or holds credentials.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     objects = Objects(folder)
+    ...     [objects.create("a.json", content) for content in (b"first", b"second")]
+    [b'first', b'first']
     """
 
     def __init__(self, root: str, *, commit_deadline_s: float = 300.0) -> None:
@@ -52,19 +58,29 @@ class Objects:
         return open_store(self.root, TIMEOUT_S)
 
     def uri(self, key: str) -> str:
-        """Full address of a key below the root, for people."""
+        """Full address of a key below the root, for messages."""
         return f"{self.root}/{key}"
 
     def persist(self, action: Callable[[], T]) -> T:
-        """Repeat `action` while the store gives no definite answer, up to the deadline."""
+        """Repeat `action` while the store gives no definite answer, for at most `commit_deadline_s` seconds."""
         return persist(action, self.commit_deadline_s)
 
     def get(self, key: str) -> Stored | None:
-        """A small object with its tag; None if there is none."""
+        """A small object with its tag; None if it does not exist."""
         return self.persist(lambda: self.store.get(key))
 
     def create(self, key: str, data: bytes, still_good: Callable[[bytes], bool] | None = None) -> bytes:
-        """Put `data` unless something good is there; returns what is there then. The first writer wins."""
+        """Write an object unless it exists; the first writer wins.
+
+        Args:
+            key: of the object.
+            data: the content.
+            still_good: called with the content of an existing object; False replaces that object. None keeps
+                every existing object.
+
+        Returns:
+            The content of the object afterwards.
+        """
 
         def create() -> bytes:
             with suppress(Outrun):
@@ -72,7 +88,7 @@ class Objects:
                 return data
             held = self.store.get(key)
             if held is None:
-                raise Outrun(f"{self.uri(key)} was refused as existing, but does not exist")
+                raise Outrun(f"the store refused to create {self.uri(key)}, which does not exist")
             if held.data == data or still_good is None or still_good(held.data):
                 return held.data
             self.store.put_if(key, data, held.etag)
@@ -83,7 +99,12 @@ class Objects:
     def read_table(
         self, manifest: Manifest, file: str | FileEntry, columns: Sequence[str] | None = None
     ) -> pa.Table:
-        """A Parquet file of a run; the digest is verified when all columns are read, else the size.
+        """A Parquet file of a run. With all columns the digest is verified, with some columns the size.
+
+        Args:
+            manifest: of the run.
+            file: entry or name of the file.
+            columns: names of the columns to read; None for all.
 
         Raises:
             ArtifactError: the file is missing or damaged, or lacks a column.
@@ -102,7 +123,7 @@ class Objects:
                     f"only {', '.join(parquet.schema_arrow.names)}"
                 )
             names = parquet.schema_arrow.names if columns is None else list(columns)
-            # one by one: read together, lists of text beyond 2 GiB are refused by Arrow
+            # Read row groups one by one: Arrow refuses lists of text beyond 2 GiB.
             groups = [parquet.read_row_group(i, names) for i in range(parquet.num_row_groups)]
             return pa.concat_tables(groups or [parquet.schema_arrow.empty_table()]).select(names)
 
@@ -114,7 +135,7 @@ class Objects:
             ) from None
 
     def read_file(self, manifest: Manifest, file: str | FileEntry) -> bytes:
-        """The bytes of a file of a run, size and digest verified.
+        """The bytes of a file of a run, after verifying size and digest.
 
         Raises:
             ArtifactError: the file is missing or damaged.

@@ -8,7 +8,7 @@ from tiger_ray.artifacts.store import Store, parse_uri
 
 
 def open_store(root: str, timeout_s: float) -> Store:
-    """The store of a root; one request may take so many seconds."""
+    """The store of a folder or an `s3://` address; one request may take `timeout_s` seconds."""
     scheme, path = parse_uri(root)
     if scheme == "local":
         return LocalStore(path)

@@ -1,4 +1,4 @@
-"""One attempt to write an artifact: files are written once, and a restarted attempt finds what is done."""
+"""One attempt to write an artifact: each file is written once, and a restarted attempt finds finished files."""
 
 from __future__ import annotations
 
@@ -26,47 +26,68 @@ _SOFTWARE = ("tiger-ray", "numpy", "pyarrow", "ray", "torch")
 
 @dataclass(frozen=True)
 class Run:
-    """One computation of one fingerprint, to be handed to workers; every file it writes is immutable."""
+    """One computation of one fingerprint; workers get a copy. Every file of a run is immutable.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from tiger_ray.artifacts.storage import Storage
+    >>> with TemporaryDirectory() as folder:
+    ...     run = Storage(folder).begin("catalog", "f" * 64)
+    ...     entry = run.write_file("notes.txt", b"content")
+    ...     list(run.finished()), run.read_file(entry)
+    (['notes.txt'], b'content')
+    """
 
     storage: Objects = field(compare=False)
     artifact: str
     run_id: str
     attempt: str
-    """Random per job: tells the files of two jobs on one run apart."""
+    """Random for each job, so that two jobs on one run write different paths."""
     fingerprint: str
 
     def write_table(
         self, name: str, table: pa.Table, facts: Mapping[str, int] | None = None, group_rows: int = 2**20
     ) -> FileEntry:
-        """Write a Parquet file (zstd), equal bytes for equal rows, and record it as done.
+        """Write a Parquet file (zstd) and record it as finished; equal rows give equal bytes.
 
         Args:
-            group_rows: rows of each row group, whose columns of text must stay below 2 GiB.
+            name: of the file.
+            table: the rows.
+            facts: counts for the file's entry.
+            group_rows: rows of each row group; a text column of a group must stay below 2 GiB.
 
         Returns:
-            The entry to publish: this file, or the one of that name that was finished first.
+            The entry to publish: of this file, or of the file with this name that was finished first.
         """
         sink = pa.BufferOutputStream()
         with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
             for start in range(0, table.num_rows, group_rows):
-                # Chunks decide page boundaries, and two equal tables may be chunked differently.
+                # Combine the chunks: they decide page boundaries, and equal tables may have different chunks.
                 writer.write_table(table[start : start + group_rows].combine_chunks())
         return self._write(name, memoryview(sink.getvalue()), table.num_rows, facts or {})
 
     def write_file(self, name: str, data: bytes, rows: int = 0) -> FileEntry:
-        """Write any other file and record it as done; returns as `write_table`."""
+        """Write a file of another format and record it as finished.
+
+        Args:
+            name: of the file.
+            data: the content.
+            rows: number of rows for the file's entry.
+
+        Returns:
+            The entry to publish: of this file, or of the file with this name that was finished first.
+        """
         return self._write(name, data, rows, {})
 
     def read_table(self, entry: FileEntry, columns: Sequence[str] | None = None) -> pa.Table:
-        """A finished Parquet file of this run, as `Storage.read_table`."""
+        """A finished Parquet file of this run; see `Objects.read_table`."""
         return self.storage.read_table(self.as_manifest([entry]), entry, columns)
 
     def read_file(self, entry: FileEntry) -> bytes:
-        """The bytes of a finished file of this run, as `Storage.read_file`."""
+        """The bytes of a finished file of this run; see `Objects.read_file`."""
         return self.storage.read_file(self.as_manifest([entry]), entry)
 
     def as_manifest(self, files: Iterable[FileEntry], **content: Any) -> Manifest:
-        """The run with these files, bound to no date."""
+        """The manifest of the run with these files, without a date."""
         return Manifest(
             artifact=self.artifact,
             date="",
@@ -77,7 +98,7 @@ class Run:
         )
 
     def finished(self) -> dict[str, FileEntry]:
-        """Files of this run that any job finished and that are still there, by name."""
+        """Files of this run that a job finished and that still exist, by name."""
         store = self.storage.store
         found = self.storage.persist(lambda: store.find(f"{self.artifact}/_runs/{self.run_id}"))
         sizes = {file.path: file.bytes for file in found}
@@ -89,10 +110,10 @@ class Run:
         return {entry.name: entry for entry in there}
 
     def write_beside(self, folder: str, files: Mapping[str, bytes]) -> None:
-        """Write, or write again, files into a folder of this run; they are never published.
+        """Write files into a folder of this run, or replace them; such files are never published.
 
         Raises:
-            StorageError: the store refused, or gave no answer for so long; what was there before still is.
+            StorageError: the store refused, or did not answer before the deadline; a file stays as before.
         """
         require_name("folder", folder)
         for name, data in files.items():
@@ -101,7 +122,7 @@ class Run:
             self.storage.persist(partial(self.storage.store.put, key, data))
 
     def read_beside(self, folder: str, name: str) -> bytes | None:
-        """What `write_beside` wrote last in any attempt, if anything."""
+        """The last content that `write_beside` wrote in any attempt; None if the file does not exist."""
         key = f"{self.artifact}/_runs/{self.run_id}/{folder}/{name}"
 
         def read() -> bytes | None:
@@ -139,10 +160,10 @@ class Run:
 
 
 def require_name(what: str, name: str) -> None:
-    """Refuse a name that is no safe part of a path.
+    """Refuse a name that is unsafe as a part of a path; `what` is the kind of name, for the message.
 
     Raises:
-        ArtifactError: names the characters that are allowed.
+        ArtifactError: names the allowed characters.
     """
     if not NAME.fullmatch(name):
         raise ArtifactError(f"{what} name {name!r} must be letters, digits and any of . _ = + -")
@@ -150,7 +171,7 @@ def require_name(what: str, name: str) -> None:
 
 @lru_cache
 def software_versions() -> dict[str, str]:
-    """Package -> version, of Python and the packages that can change what a stage writes."""
+    """Package -> version, for Python and the packages that can change the content of an artifact."""
     versions = {"python": platform.python_version()}
     for package in _SOFTWARE:
         with suppress(importlib.metadata.PackageNotFoundError):

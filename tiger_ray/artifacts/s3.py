@@ -16,12 +16,22 @@ import boto3
 import botocore.exceptions
 import pyarrow.fs
 
-from tiger_ray.artifacts.store import InputFile, NoAnswer, Outrun, Stored, T
+from tiger_ray.artifacts.store import InputFile, NoAnswer, Outrun, Store, Stored, T
 from tiger_ray.errors import SettingsError, StorageError
 
 
-class S3Store:
-    """A bucket; conditional writes and listings through boto3, bulk data through pyarrow."""
+class S3Store(Store):
+    """A bucket; conditional writes and listings through boto3, bulk data through pyarrow.
+
+    Args:
+        bucket: name of the bucket.
+        prefix: start of all keys, without a slash at the end; empty for the whole bucket.
+        timeout_s: seconds that one request may take.
+
+    >>> store = S3Store("bucket", "nights", timeout_s=30.0)  # connects on first use
+    >>> store.bucket
+    'bucket'
+    """
 
     def __init__(self, bucket: str, prefix: str, timeout_s: float) -> None:
         self.bucket, self.prefix, self.timeout_s = bucket, prefix, timeout_s
@@ -64,7 +74,7 @@ class S3Store:
         with self._errors("PutObject", key):
             try:
                 self._client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data, **condition)
-            except self._client.exceptions.NoSuchKey:  # answer to If-Match of an object that is gone
+            except self._client.exceptions.NoSuchKey:  # the answer to If-Match if the object is gone
                 raise Outrun(f"{key} is gone") from None
 
     def find(self, prefix: str) -> list[InputFile]:
@@ -76,7 +86,7 @@ class S3Store:
             )
             objects = [item for page in pages for item in page.get("Contents", ())]
             if not objects and top:
-                # The object of exactly this name sorts before all others that begin like it.
+                # The object with exactly this name sorts before all names that start with this name.
                 page = self._client.list_objects_v2(Bucket=self.bucket, Prefix=top, MaxKeys=1)
                 objects = [item for item in page.get("Contents", ()) if item["Key"] == top]
         return [InputFile(item["Key"][start:], item["Size"], item["ETag"].strip('"')) for item in objects]
@@ -95,7 +105,7 @@ class S3Store:
 
     @contextmanager
     def _errors(self, operation: str, key: str) -> Iterator[None]:
-        """Translate what boto3 and pyarrow raise."""
+        """Translate the exceptions of boto3 and pyarrow into ours."""
         try:
             yield
         except botocore.exceptions.ClientError as error:
@@ -133,7 +143,7 @@ class S3Store:
             operation=operation, bucket=self.bucket, host=host, offset=_clock_offset(server_time)
         )
         text = f"{operation} of {target} at {host} failed: {code}"
-        text = ". ".join(part for part in (text, redacted(message).rstrip("."), advice) if part)
+        text = ". ".join(part for part in (text, redact(message).rstrip("."), advice) if part)
         transient = status in (0, 409, 429) or (status >= 500 and status != 501) or code in _S3_TRANSIENT
         raise (NoAnswer if transient else StorageError)(text) from None
 
@@ -157,11 +167,11 @@ _CHECK_REGION = "Set AWS_REGION to the region of bucket {bucket}"
 
 
 _S3_ADVICE = {
-    "AccessDenied": "Grant these credentials s3:{operation} on bucket {bucket} (without s3:ListBucket, a "
-    "missing key is answered so too)",
+    "AccessDenied": "Grant these credentials s3:{operation} on bucket {bucket} (without s3:ListBucket, S3 "
+    "gives this answer for a missing key, too)",
     "AuthorizationHeaderMalformed": _CHECK_REGION,
     "CredentialRetrievalError": _CHECK_CREDENTIALS,
-    "ExpiredToken": "The credentials have expired: renew them and run again; it continues where it stopped",
+    "ExpiredToken": "The credentials have expired: renew them and run again; the night continues where it stopped",
     "InvalidAccessKeyId": _CHECK_CREDENTIALS,
     "InvalidBucketName": "Correct the bucket in storage.root",
     "InvalidToken": _CHECK_CREDENTIALS,
@@ -172,7 +182,7 @@ _S3_ADVICE = {
     "NotImplemented": "The store lacks conditional writes, without which two jobs could publish one date",
     "PartialCredentialsError": _CHECK_CREDENTIALS,
     "PermanentRedirect": _CHECK_REGION,
-    "RequestTimeTooSkewed": "The clock of this machine is off{offset}: set it right (NTP)",
+    "RequestTimeTooSkewed": "The clock of this machine is off{offset}: correct the clock (NTP)",
     "SignatureDoesNotMatch": _CHECK_CREDENTIALS,
 }
 
@@ -184,22 +194,28 @@ def _clock_offset(server_time: str | None) -> str:
     return f" by {offset_s / 60:+.0f} minutes"
 
 
-def redacted(text: str) -> str:
+def redact(text: str) -> str:
     """The text with the values of credentials in the environment replaced by their names."""
     for variable in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID"):
         value = os.environ.get(variable, "")
-        if len(value) >= 8:  # no real one is shorter
+        if len(value) >= 8:  # real credentials are longer; a short value would match by chance
             text = text.replace(value, f"<{variable}>")
     return text
 
 
 @lru_cache(maxsize=8)
 def s3_client(endpoint: str | None, region: str | None, timeout_s: float) -> Any:
-    """A boto3 client for one endpoint and region; threads may share the client."""
+    """A boto3 client for one endpoint and region; threads may share the client.
+
+    Args:
+        endpoint: `https://host` or `http://host:port`; None for AWS.
+        region: name of the region; None for boto3's default.
+        timeout_s: seconds that one request may take.
+    """
     config = botocore.config.Config(
         connect_timeout=min(timeout_s, 10.0),
         read_timeout=timeout_s,
-        # One try: repeating is decided by the protocol, which has to know about every lost answer.
+        # No retries here: the caller must know about every lost answer (see `persist`).
         retries={"mode": "standard", "total_max_attempts": 1},
         s3={"addressing_style": "path" if endpoint else "auto"},
         request_checksum_calculation="when_required",
@@ -211,7 +227,10 @@ def s3_client(endpoint: str | None, region: str | None, timeout_s: float) -> Any
 
 
 def s3_filesystem(timeout_s: float) -> Any:
-    """S3 as a filesystem of pyarrow, with the endpoint, region and CA bundle of the environment."""
+    """S3 as a filesystem of pyarrow, with the endpoint, region and CA bundle of the environment.
+
+    pyarrow itself ignores AWS_ENDPOINT_URL.
+    """
     # Delayed opening makes a small file one request.
     return pyarrow.fs.S3FileSystem(
         connect_timeout=min(timeout_s, 10.0),
@@ -222,7 +241,7 @@ def s3_filesystem(timeout_s: float) -> Any:
 
 
 def _s3_options() -> dict[str, str]:
-    """What pyarrow does not take from the environment by itself."""
+    """Options for the variables of the environment that pyarrow ignores."""
     endpoint, region, bundle = _endpoint(), _region(), os.environ.get("AWS_CA_BUNDLE")
     options = {}
     if region:
@@ -246,5 +265,5 @@ def _region() -> str | None:
 
 
 def _host(endpoint: str) -> str:
-    """host:port, without any user and password that the endpoint may carry."""
+    """host:port of the endpoint, without user and password."""
     return urlsplit(endpoint).netloc.rpartition("@")[2]

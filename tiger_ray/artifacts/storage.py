@@ -1,18 +1,18 @@
 """Artifacts in a local folder or an S3-compatible store, published exactly once.
 
-Layout below ROOT/<artifact>/ (only the manifests are ever looked for; nothing is ever deleted):
+Layout below ROOT/<artifact>/ (readers look only for manifests; no file is ever deleted):
 
-    _claims/<fingerprint>.json                the run that computes these inputs and settings, crash or not
-    _runs/<run_id>/<attempt>-<digest>/<name>  data; the digest keeps a late writer from overwriting
-    _runs/<run_id>/_done/<name>.json          the first finished file of that name; later ones adopt it
-    _runs/<run_id>/checkpoint-D/<name>        and other folders beside: replaced again and again, never published
+    _claims/<fingerprint>.json                the run that computes this fingerprint, also after a crash
+    _runs/<run_id>/<attempt>-<digest>/<name>  data; the digest in the path prevents overwriting by a late writer
+    _runs/<run_id>/_done/<name>.json          the entry of the first finished file with that name; later writers use it
+    _runs/<run_id>/checkpoint-D/<name>        checkpoints and similar folders: replaced often, never published
     _runs/<run_id>/_manifest.json             the run is complete and may be published under any date
     _heads/<name>.json                        newest link of a chain, moved by compare-and-swap
-    date=D/_manifest.json                     one conditional write: the only moment that publishes anything
+    date=D/_manifest.json                     one conditional write, which publishes the artifact
     latest.json                               a hint, moved by compare-and-swap, never to an older date
 
-Credentials, endpoint and region come from the usual AWS variables or an instance role on every machine by
-itself; they are never stored, pickled or printed.
+Every machine takes credentials, endpoint and region from the usual AWS variables or its instance role; they are
+never stored, pickled or printed.
 """
 
 from __future__ import annotations
@@ -47,21 +47,31 @@ _CHECK_DEADLINE_S = 6.0
 
 
 class Storage(Objects):
-    """A root under which artifacts are computed, published and read; cheap to pickle, holds no connection.
+    """A root below which artifacts are computed, published and read; a pickle holds no connection.
 
     Args:
         root: folder or `s3://bucket/prefix` that every node reaches.
-        commit_deadline_s: seconds to keep trying a request that the store does not answer.
+        commit_deadline_s: seconds to repeat a request that the store does not answer.
 
     Raises:
-        SettingsError: the root is neither a folder nor an S3 address, or carries credentials.
+        SettingsError: the root is neither a folder nor an S3 address, or holds credentials.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     storage = Storage(folder)
+    ...     run = storage.begin("catalog", "f" * 64)
+    ...     files = [run.write_file("notes.txt", b"content")]
+    ...     manifest = storage.publish(run, date="2026-11-23", files=files, settings={}, inputs={}, metadata={})
+    ...     storage.read_file(storage.resolve("catalog"), "notes.txt")
+    b'content'
     """
 
     def check(self) -> None:
         """Write, read, list, conditionally write and delete a probe, before anything expensive starts.
 
         Raises:
-            StorageError: within about 10 s; says which permission, bucket, folder or endpoint to change.
+            StorageError: an operation fails, or gets no answer for about 10 s; the message says which
+                permission, bucket, folder or endpoint to change.
         """
         store = open_store(self.root, _CHECK_TIMEOUT_S)
         persist(lambda: _probe(store, self.root), _CHECK_DEADLINE_S)
@@ -81,14 +91,14 @@ class Storage(Objects):
         return (before + now()) / 2 - theirs
 
     def begin(self, artifact: str, fingerprint: str) -> Run:
-        """Claim the run that computes this fingerprint, or continue the one that an earlier job left."""
+        """Claim a run for this fingerprint, or continue the run that an earlier job claimed."""
         require_name("artifact", artifact)
         key = f"{artifact}/_claims/{fingerprint}.json"
         claim = self.create(key, canonical_json({"run_id": secrets.token_hex(16)}))
         return Run(self, artifact, self._parse_claim(key, claim), secrets.token_hex(4), fingerprint)
 
     def completed(self, artifact: str, fingerprint: str) -> Manifest | None:
-        """The manifest (without date) of a complete and intact run of this fingerprint, if there is one."""
+        """The manifest, without a date, of the complete and intact run of this fingerprint; None without one."""
         claim_key = f"{artifact}/_claims/{fingerprint}.json"
         claim = self.get(claim_key)
         if claim is None:
@@ -101,11 +111,11 @@ class Storage(Objects):
         return manifest if self.is_intact(manifest) else None
 
     def is_intact(self, manifest: Manifest) -> bool:
-        """All its files are there, each with the size that it says."""
+        """True if all files of the manifest exist, each with its size."""
         return self._intact(manifest.artifact, manifest.files)
 
     def published(self, artifact: str, date: str) -> Manifest | None:
-        """What is published for this date, if anything."""
+        """The manifest that is published for this date; None without one."""
         key = _manifest_key(artifact, date)
         stored = self.get(key)
         return None if stored is None else self._parse_manifest(key, stored.data, artifact, date)
@@ -124,20 +134,20 @@ class Storage(Objects):
         """Declare the run complete and publish it for `date`, exactly once.
 
         Args:
-            run: the run whose files these are.
+            run: the run that wrote the files.
             date: night, YYYY-MM-DD.
-            files: every file of the artifact, all written.
-            settings: what the run was computed with, ready for JSON.
-            inputs: digest of each artifact it was computed from.
+            files: entries of all files of the artifact.
+            settings: of the computation, ready for JSON.
+            inputs: artifact -> digest, for all artifacts that the run was computed from.
             metadata: deterministic facts about the content, ready for JSON.
-            replace: take the place of another run that is published for this date.
+            replace: replace another run that is published for this date.
 
         Returns:
-            What is published now: this run, or an equal one that was there first.
+            The published manifest: of this run, or of an equal run that was published first.
 
         Raises:
             PublishError: another run is published for this date; nothing was changed.
-            CommitUnknownError: the store gave no answer; the next run finds out whether it is published.
+            CommitUnknownError: the store gave no answer; the next run finds out whether the date is published.
         """
         manifest = run.as_manifest(
             files, settings=dict(settings), inputs=dict(inputs), metadata=dict(metadata)
@@ -156,9 +166,19 @@ class Storage(Objects):
         return self.publish_again(complete, date, replace=replace)
 
     def publish_again(self, manifest: Manifest, date: str, *, replace: bool = False) -> Manifest:
-        """Publish a complete run for `date` and move `latest.json`; harmless if it is published already.
+        """Publish a complete run for `date` and move `latest.json`; without effect if it is published already.
 
-        Raises: as `publish`.
+        Args:
+            manifest: result of `completed`.
+            date: night, YYYY-MM-DD.
+            replace: replace another run that is published for this date.
+
+        Returns:
+            The published manifest.
+
+        Raises:
+            PublishError: another run is published for this date; nothing was changed.
+            CommitUnknownError: the store gave no answer; the next run finds out whether the date is published.
         """
         published = self._commit(manifest.model_copy(update={"date": date}), replace)
         crash_point(f"{manifest.artifact}.published")
@@ -201,16 +221,21 @@ class Storage(Objects):
     # Chains
 
     def head(self, artifact: str, name: str) -> Manifest | None:
-        """The newest link of a chain of runs, each of which adds to the one before; none before the first."""
+        """The newest link of a chain of runs, in which each run adds to the previous run; None before the first."""
         key = _head_key(artifact, name)
         stored = self.get(key)
         return None if stored is None else self._parse_manifest(key, stored.data, artifact, "")
 
     def move_head(self, name: str, before: Manifest | None, after: Manifest) -> bool:
-        """Make `after` the newest link if `before` still is.
+        """Make `after` the newest link of a chain if `before` still is.
+
+        Args:
+            name: of the chain.
+            before: the newest link as this job knows it; None for an empty chain.
+            after: the new link.
 
         Returns:
-            Whether it is now; if not, somebody else's link is there, and nothing was changed.
+            True if `after` is the newest link; False if another job added a link, and nothing was changed.
         """
         key = _head_key(after.artifact, name)
         expected, data = None if before is None else manifest_json(before), manifest_json(after)
@@ -233,8 +258,8 @@ class Storage(Objects):
         """The manifest published for `date`, or for the latest date.
 
         Raises:
-            ArtifactError: nothing is published there, or this version cannot read it.
-            SettingsError: the date is no day.
+            ArtifactError: the artifact is not published for the date, or this version cannot read the manifest.
+            SettingsError: the date is not a day.
         """
         wanted = date or self.latest_date(artifact)
         manifest = self.published(artifact, wanted) if wanted else None
@@ -278,8 +303,8 @@ class Storage(Objects):
                 raise
             raise CommitUnknownError(
                 f"{self.uri(key)} was sent, and no definite answer came within {self.commit_deadline_s:g} s: "
-                "it may or may not be published. Nothing was deleted; run the same night again to find out. "
-                f"The last answer: {error}"
+                "the date may or may not be published. Nothing was deleted; run the same night again to find "
+                f"out. The last answer: {error}"
             ) from None
 
     def _refusal(self, held: Manifest, mine: Manifest, replace: bool) -> str:
@@ -298,7 +323,7 @@ class Storage(Objects):
 
         def move() -> None:
             there = self.store.get(key)
-            if there is not None and (there.data == data or _pointed_date(there.data) > published.date):
+            if there is not None and (there.data == data or _date_in(there.data) > published.date):
                 return
             self.store.put_if(key, data, None if there is None else there.etag)
 
@@ -314,7 +339,7 @@ class Storage(Objects):
         stored = self.get(f"{artifact}/latest.json")
         if stored is None:
             return None
-        date = _pointed_date(stored.data)
+        date = _date_in(stored.data)
         if not date:
             raise ArtifactError(f"{self.uri(artifact)}/latest.json is damaged; publishing repairs it")
         return date
@@ -333,7 +358,7 @@ class Storage(Objects):
         try:
             return _Claim.model_validate_json(data).run_id
         except ValidationError:
-            raise ArtifactError(f"{self.uri(key)} is damaged: it names no run") from None
+            raise ArtifactError(f"{self.uri(key)} is damaged: the claim names no run") from None
 
     def _parse_manifest(self, key: str, data: bytes, artifact: str, date: str) -> Manifest:
         try:
@@ -373,8 +398,8 @@ def _head_key(artifact: str, name: str) -> str:
     return f"{artifact}/_heads/{name}.json"
 
 
-def _pointed_date(latest: bytes) -> str:
-    """The date in a `latest.json`; empty, hence older than any, if it is damaged."""
+def _date_in(latest: bytes) -> str:
+    """The date in a `latest.json`; empty, hence before every date, for a damaged file."""
     try:
         date = json.loads(latest)["date"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -391,11 +416,13 @@ def _probe(store: Store, root: str) -> None:
         store.put_if(key, first, None)
         stored = store.get(key)
         if stored is None or stored.data != first or not store.find(key):
-            raise StorageError(f"{root} does not give back what was just written; it needs consistent reads")
+            raise StorageError(
+                f"{root} does not return the object that was just written; use a store with consistent reads"
+            )
         if _accepts(store, key, second, None):
             problem = "If-None-Match: * (create only if absent)"
         elif _accepts(store, key, second, '"0123456789abcdef0123456789abcdef"'):
-            problem = "If-Match (replace only what was seen)"
+            problem = "If-Match (replace only the version that was read)"
         else:
             store.put_if(key, second, stored.etag)
             store.put(key, first)
@@ -408,7 +435,7 @@ def _probe(store: Store, root: str) -> None:
     if problem:
         raise StorageError(
             f"the store of {root} ignores conditional writes: it overwrote an object in spite of {problem}. "
-            "Two jobs could then publish one date; use a store that has them, such as AWS S3 or MinIO"
+            "Two jobs could then publish one date; use a store with conditional writes, such as AWS S3 or MinIO"
         )
 
 

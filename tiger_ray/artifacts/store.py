@@ -1,7 +1,7 @@
 """A folder or an S3-compatible store: the few operations that publishing needs, and reading input files.
 
-Bulk data goes through pyarrow, conditional writes through boto3 (S3) or hard links and locks (folders).
-Nothing is repeated in here: who writes has to know about every lost answer, so `persist` is for the caller.
+Bulk data goes through pyarrow, conditional writes through boto3 (S3) or hard links and locks (folders). A store
+never retries: the caller must know about every lost answer (see `persist`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ T = TypeVar("T")
 
 
 TIMEOUT_S = 30.0
+"""Seconds that one request may take."""
 
 
 _jitter = random.SystemRandom()
@@ -27,37 +28,50 @@ _jitter = random.SystemRandom()
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file of the user's own data, and which version of it was seen."""
+    """One file of the user's data, in the version that was listed.
+
+    >>> before, now = InputFile("events/a.parquet", 100, "1"), InputFile("events/a.parquet", 100, "2")
+    >>> before == now
+    False
+    """
 
     path: str
     """Address within the filesystem of `input_filesystem`."""
     bytes: int
     version: str
-    """ETag on S3, modification time in nanoseconds in a folder."""
+    """ETag on S3; modification time in nanoseconds in a folder."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A small object as it was read, with the tag that a conditional write may name."""
+    """The content of a small object, and its tag for a conditional write.
+
+    >>> Stored(b"{}", etag="abc").etag
+    'abc'
+    """
 
     data: bytes
     etag: str
 
 
 class TryAgain(StorageError):
-    """The request had no lasting effect that we know of, and may be repeated."""
+    """The request may be repeated: it had no effect, or an unknown effect."""
 
 
 class NoAnswer(TryAgain):
-    """Timeout, throttling, conflict or server error: it may have happened or not."""
+    """Timeout, throttling, conflict or server error: the request may have had its effect or not."""
 
 
 class Outrun(TryAgain):
-    """The condition of a conditional write did not hold."""
+    """The condition of a conditional write did not hold: another writer was faster."""
 
 
 def persist(action: Callable[[], T], deadline_s: float) -> T:
-    """Repeat `action` while the store gives no definite answer, up to the deadline."""
+    """Repeat `action` while it raises `TryAgain`, for at most `deadline_s` seconds; give its result.
+
+    Raises:
+        TryAgain: of the last attempt.
+    """
     give_up = time.monotonic() + deadline_s
     pause_s = 0.05
     while True:
@@ -72,7 +86,11 @@ def persist(action: Callable[[], T], deadline_s: float) -> T:
 
 
 def parse_uri(uri: str) -> tuple[str, str]:
-    """("s3", "bucket/prefix") or ("local", "/absolute/path"), neither with a slash at its end."""
+    """("s3", "bucket/prefix") or ("local", "/absolute/path"), without a slash at the end.
+
+    Raises:
+        SettingsError: another scheme, no bucket, or credentials, a port or a query in the address.
+    """
     scheme, separator, rest = uri.partition("://")
     if not separator:
         return "local", os.path.abspath(os.path.expanduser(uri))
@@ -99,26 +117,47 @@ def parse_uri(uri: str) -> tuple[str, str]:
 class Store(Protocol):
     """The few operations that publishing needs; keys are relative to the root.
 
-    All raise `NoAnswer` where repeating may help, and StorageError where it will not.
+    All operations raise `NoAnswer` if repeating may help, and StorageError if repeating does not help.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from tiger_ray.artifacts.opening import open_store
+    >>> with TemporaryDirectory() as folder:
+    ...     store: Store = open_store(folder, TIMEOUT_S)
+    ...     store.put("a/b.txt", b"content")
+    ...     [file.path for file in store.find("a")], store.get("a/b.txt").data
+    (['a/b.txt'], b'content')
     """
 
     def get(self, key: str) -> Stored | None:
-        """The whole object and its tag."""
+        """The object and its tag; None if it does not exist."""
 
     def read(self, key: str, parse: Callable[[Any], T]) -> T:
-        """What `parse` makes of the opened object; FileNotFoundError if there is none."""
+        """Open the object and return the result of `parse`.
+
+        Raises:
+            FileNotFoundError: the object does not exist.
+        """
 
     def put(self, key: str, data: bytes | memoryview) -> None:
         """Write the object; no reader ever sees a part of it."""
 
     def put_if(self, key: str, data: bytes, etag: str | None) -> None:
-        """Write if the object has this tag, or, for None, does not exist; otherwise `Outrun`."""
+        """Write the object unless another writer changed it.
+
+        Args:
+            key: of the object.
+            data: the content.
+            etag: tag that the object must have; None: the object must not exist.
+
+        Raises:
+            Outrun: the object has another tag, or exists.
+        """
 
     def find(self, prefix: str) -> list[InputFile]:
-        """The object of this name, or all objects in the folder of this name."""
+        """The object with this name, or all objects in the folder with this name."""
 
     def delete(self, key: str) -> None:
-        """Remove a probe."""
+        """Remove an object; only the self-test of the storage does so."""
 
     def clock(self) -> float:
         """Seconds since 1970 by the clock of the store."""
