@@ -1,6 +1,8 @@
-"""Evaluations of several rankers and data sets -> one table: each beside the reference, user by user, and beside print.
+"""Evaluations of several rankers -> one table: each ranker beside the reference and beside published results.
 
-Nothing is computed that an evaluation does not hold already, but for the paired differences.
+Only the paired differences to the reference are computed here; all other values come from the evaluations.
+
+C cells of a count by rank.
 """
 
 from __future__ import annotations
@@ -17,12 +19,15 @@ from tiger_ray.evaluation.metrics import differences
 from tiger_ray.published.evaluation import load_metrics, paired_counts, recall_of
 
 LOSSES = {"softmax": "softmax", "binary": "binary loss"}
+"""Loss in the name of an artifact -> in the label of a row."""
 
 
 MAPS = {"": "", "-map": ", output map"}
+"""Output map in the name of an artifact -> in the label of a row."""
 
 
 INDEXES = {"": "", "-hnsw": ", FAISS HNSW", "-ivf": ", FAISS IVF"}
+"""Index in the name of an artifact -> in the label of a row."""
 
 
 LABELS = {
@@ -34,43 +39,54 @@ LABELS = {
     "evaluation-neighbours": "neighbours of the last item, content",
     "evaluation-popularity": "popularity",
 }
-"""Artifacts that are looked for, and what their rows are called."""
+"""Artifact of an evaluation -> label of its row."""
 
 
 EXACT = {
     name: name.removesuffix(index) for index in INDEXES if index for name in LABELS if name.endswith(index)
 }
-"""What an approximate index looks for: the lists of the same model, ranked exactly."""
+"""Evaluation with an approximate index -> evaluation of the same model with exact search."""
 
 
 PRINTED = ("recall@5", "ndcg@5", "recall@10", "ndcg@10")
-"""Metrics of published tables."""
+"""Metrics of published results."""
 
 
 TOP = 10
-"""Places of an exact list that an approximate one is held against."""
+"""Places of an exact list that are compared with the list of an approximate index."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One ranker on one data set."""
+    """One ranker on one data set.
+
+    >>> line = {"method": "TIGER", "recall@5": "0.04", "ndcg@5": "0.03", "recall@10": "", "ndcg@10": "",
+    ...     "protocol": "as printed"}
+    >>> published_row(line).metrics
+    {'recall@5': {'value': 0.04}, 'ndcg@5': {'value': 0.03}}
+    """
 
     method: str
     metrics: Mapping[str, Any]
-    """As in the evaluation: value, low and high by name; published ones have a value alone."""
+    """Metric -> value, low and high; a published metric has only a value."""
     protocol: Mapping[str, Any] | str
     difference: Mapping[str, Any] | None = None
-    """What it has more than the reference, with its paired interval."""
+    """Metric -> difference to the reference, with its paired interval."""
     details: Mapping[str, Any] | None = None
-    """All else that the evaluation found."""
+    """All other values of the evaluation."""
 
 
 def rows_of(storage: Storage, date: str, reference: str) -> list[Row]:
-    """A row for each evaluation that is published for the date; `reference` is one of `LABELS`.
+    """A row for each evaluation that is published for a date.
+
+    Args:
+        storage: root of the artifacts.
+        date: night, YYYY-MM-DD.
+        reference: artifact of the evaluation to compare with, one of `LABELS`.
 
     Raises:
-        ArtifactError: there is none.
-        DataError: two of them are not of the same protocol, users and targets.
+        ArtifactError: no evaluation is published for the date.
+        DataError: an evaluation and the reference differ in protocol, users or targets.
     """
     found: dict[str, Manifest] = {}
     for artifact in LABELS:
@@ -106,7 +122,7 @@ def _row(
     details = {name: value for name, value in found.items() if name not in apart}
     if exact is not None and evaluated.inputs["model"] == exact.inputs["model"] and _places(evaluated) >= TOP:
         details["shown"] = {**found["shown"], "of_exact": recall_of(storage, evaluated, exact, TOP)}
-    # the budget is no part of the protocol that a night is held to, but of what a reader has to know
+    # The gate ignores periods and training budget, but readers of the table need them.
     protocol = {**found["protocol"], "periods": found["periods"], "training": found["training"]}
     return Row(LABELS[artifact], found["model"], protocol, difference, details)
 
@@ -116,18 +132,24 @@ def _places(evaluated: Manifest) -> int:
 
 
 def published_row(line: Mapping[str, str]) -> Row:
-    """A row of somebody else's table, as a line of published.csv has it; not every value is published."""
+    """A row of published results, from a line of published.csv; some values may be missing."""
     metrics = {name: {"value": float(line[name])} for name in PRINTED if line[name]}
     return Row(line["method"], metrics, line["protocol"])
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Rows with everything they hold."""
+    """Rows as JSON values."""
     return [asdict(row) for row in rows]
 
 
 def markdown(rows: Sequence[Row], published: Sequence[Row], reference: str) -> str:
-    """Accuracy and protocol of our rows, those of published rows, and what ours show."""
+    """Tables in Markdown: accuracy and protocol of all rows, then the shown items of our rows.
+
+    Args:
+        rows: our evaluations, at least one.
+        published: rows of published results.
+        reference: artifact of the reference, one of `LABELS`.
+    """
     ks = sorted({int(name.removeprefix("recall@")) for name in rows[0].metrics if name.startswith("recall@")})
     names = [f"{metric}@{k}" for k in ks for metric in ("recall", "ndcg")]
     titles = [name.replace("recall", "Recall").replace("ndcg", "NDCG") for name in names]
@@ -177,7 +199,7 @@ def _difference(row: Row, name: str) -> str:
 
 
 def _common(rows: Sequence[Row]) -> dict[str, Any]:
-    """What all protocols agree in."""
+    """The part of the protocol that all rows share."""
     protocols = [row.protocol for row in rows if not isinstance(row.protocol, str)]
     return {
         name: value

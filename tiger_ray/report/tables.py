@@ -1,4 +1,4 @@
-"""What people see at the end of a night: metrics, and a few users with their items by title."""
+"""Tables for the end of a night: metrics, and a few users with their items by title."""
 
 from __future__ import annotations
 
@@ -16,19 +16,23 @@ from tiger_ray.core.hashing import shard_of, stable_hash
 from tiger_ray.published.semantic_ids import load_item_ids
 
 NUM_USERS = 5
+"""Users of the examples."""
 
 
 NUM_LAST = 3
+"""Last items of each example."""
 
 
 NUM_RECOMMENDED = 3
+"""Recommended items of each example."""
 
 
 TITLE_WIDTH = 44
+"""Characters of a title."""
 
 
 def metrics_table(evaluation: Manifest | None, model: Manifest) -> str:
-    """Metrics of the model beside popularity, with the protocol that gave them."""
+    """Metrics of the model beside popularity, with the protocol of the evaluation."""
     if evaluation is None:
         return "no evaluation: training saw every event (training.holdout none)"
     model_metrics, popularity = evaluation.metadata["model"], evaluation.metadata["popularity"]
@@ -60,7 +64,15 @@ def examples_table(
     sequences: Manifest,
     recommendations: Manifest,
 ) -> str:
-    """A few users of the first shard: their last items and their recommended items, by title."""
+    """A few users of the first shard: their last items and their recommended items, by title.
+
+    Args:
+        storage: root of the artifacts.
+        catalog: manifest with the titles.
+        semantic_ids: manifest with the item ids by item_index.
+        sequences: manifest with the histories.
+        recommendations: manifest with the lists.
+    """
     users = list(_examples(storage, semantic_ids, sequences, recommendations))
     wanted = {item for _, last, best in users for item in (*last, *best)}
     titles = titles_of(storage, catalog, wanted)
@@ -88,7 +100,7 @@ def _examples(
     for user_id, history in zip(
         users.column("user_id").to_pylist(), users.column("history").to_pylist(), strict=True
     ):
-        last = [item_ids[index].as_py() for index in history[-NUM_LAST:]]  # `take` would copy all ids
+        last = [item_ids[index].as_py() for index in history[-NUM_LAST:]]  # `take` would copy all item ids
         own = rows.filter(
             pc.equal(rows.column("user_id"), pa.scalar(user_id, rows.schema.field("user_id").type))
         )
@@ -100,7 +112,7 @@ def _examples(
 
 
 def titles_of(storage: Storage, catalog: Manifest, wanted: set[Any]) -> dict[Any, str]:
-    """Titles of a few items; only the catalog files that hold them are read, one at a time."""
+    """Titles of a few items; reads only the catalog files with these items, one at a time."""
     if not wanted:
         return {}
     titles = {item: f"item {item}, not in the catalog" for item in wanted}
