@@ -45,7 +45,7 @@ def wanted_rows(batch: pa.Table, settings: EventsSettings) -> pa.Table:
 
 
 def is_complete(events: pa.Table) -> pa.ChunkedArray:
-    """True for rows of `wanted_rows` in which nothing is null."""
+    """True for a row of `wanted_rows` without nulls."""
     return reduce(pc.and_, [pc.is_valid(column) for column in events.columns])
 
 

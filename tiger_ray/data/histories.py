@@ -258,7 +258,7 @@ def _most_recent(rows: pa.Table, max_events: int) -> pa.Table:
     """The last `max_events` of each user of this block, and all events with the timestamp of the oldest kept."""
     if rows.num_rows <= max_events:
         return rows
-    # Remove repeats first: they would push out older events, which ones would depend on the blocks.
+    # Remove repeats first: a repeat would push out an older event, and which event depends on the blocks.
     rows = _without_repeats(rows)
     rows = rows.sort_by([("user_id", "ascending"), ("timestamp", "ascending")]).combine_chunks()
     new_user = _differs_from_previous(rows.column("user_id").combine_chunks())

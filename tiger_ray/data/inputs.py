@@ -58,7 +58,7 @@ def read_input_schema(
                     f"but {first.field(column).type} in {files[0].path}; write it with one type"
                 )
         first = first if first is not None else schema
-    assert first is not None, "list_inputs never returns nothing"
+    assert first is not None, "list_inputs returns at least one file"
     if rows == 0:
         raise DataError(f"{uri} holds {len(files)} Parquet file(s) and 0 rows")
     return first, rows

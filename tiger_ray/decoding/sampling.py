@@ -36,7 +36,7 @@ class Draw:
             log_prob_BWM: of each candidate given its beam, (B, W, M) float32; -inf for no candidate.
             code_BWM: codeword of each candidate, (B, W, M) int64.
         """
-        # Normalize over allowed candidates: the others take no share of the draw.
+        # Normalize over allowed candidates: excluded candidates take no share of the draw.
         log_prob_BWM = self._log_prob_BW[..., None] + log_prob_BWM.log_softmax(-1).nan_to_num(
             nan=-torch.inf, neginf=-torch.inf
         )

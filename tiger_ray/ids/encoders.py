@@ -197,5 +197,5 @@ def as_matrix(column: pa.ChunkedArray, shard: str) -> np.ndarray:
 
 
 def _model_folder(package: Path) -> str:
-    """Folder of a packaged model: the one that holds modules.json."""
+    """Folder of a packaged model, which holds modules.json."""
     return str(next(package.rglob("modules.json")).parent)

@@ -88,7 +88,7 @@ class Random(Quantizer):
 
     @classmethod
     def fit(cls, settings: QuantizerSettings, points: Points, *, seed: int, log: Log) -> Random:
-        """Nothing is learned."""
+        """Build the quantizer, without learning."""
         return cls(points.dim, settings.level_sizes, seed)
 
     def encode(
@@ -118,7 +118,7 @@ class Flat(Quantizer):
 
     @classmethod
     def fit(cls, settings: QuantizerSettings, points: Points, *, seed: int, log: Log) -> Flat:
-        """Nothing is learned."""
+        """Build the quantizer, without learning."""
         return cls(points.dim, ())
 
     def _codewords(self, point_BD: Tensor) -> Tensor:
