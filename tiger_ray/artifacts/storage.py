@@ -330,7 +330,7 @@ class Storage(Objects):
         self.persist(move)
 
     def latest_date(self, artifact: str) -> str | None:
-        """The date that `latest.json` of this artifact names; None before the first publication.
+        """The date in `latest.json`; None if the artifact was never published.
 
         Raises:
             ArtifactError: `latest.json` is damaged.
