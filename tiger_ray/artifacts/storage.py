@@ -214,7 +214,7 @@ class Storage(Objects):
             there = self.store.get(key)
             if there is None or there.data != data:
                 self.store.put_if(key, data, None if there is None else there.etag)
-            return None if there is None else _pointed_date(there.data) or None
+            return None if there is None else _date_in(there.data) or None
 
         return self.persist(move)
 
