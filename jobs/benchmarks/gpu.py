@@ -36,7 +36,7 @@ from tiger_ray.settings.decoding import DecodingSettings
 from tiger_ray.settings.model import ModelSettings
 from tiger_ray.settings.training import TrainingSettings
 from tiger_ray.training.checkpoints import Progress
-from tiger_ray.training.collate import tiger_task, tokens_of
+from tiger_ray.training.collate import tiger_collate, tokens_of
 from tiger_ray.training.examples import Examples
 from tiger_ray.training.log import TrainingLog, measured_peak
 from tiger_ray.training.loop import BATCH_TOKENS, fit, make_optimizer
@@ -179,8 +179,8 @@ def measure_training(claims: Claims, words: Any) -> None:
             id_length=model.vocabulary.id_length,
             batch_tokens=BATCH_TOKENS[words.device.type],
         )
-        optimizer, task = make_optimizer(model, settings), tiger_task(model, planted_codes())
-        fit(model, optimizer, batches, task, settings, Progress(), log, seed=0)
+        optimizer, collate = make_optimizer(model, settings), tiger_collate(model, planted_codes())
+        fit(model, optimizer, batches, collate, settings, Progress(), log, seed=0)
         windows = [values for values in seen if "training/examples_per_s" in values][1:]
         rates = [values["training/examples_per_s"] for values in windows]
         claims.add(f"examples_per_s_batch{batch}", rates, "examples/s, bf16")
@@ -299,7 +299,7 @@ def trained(
             id_length=model.vocabulary.id_length,
             batch_tokens=BATCH_TOKENS[device.type],
         ),
-        tiger_task(model, world.codes_NI),
+        tiger_collate(model, world.codes_NI),
         settings,
         progress,
         log,

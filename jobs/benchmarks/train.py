@@ -38,7 +38,7 @@ from tiger_ray.model.t5 import TigerModel
 from tiger_ray.model.tokens import PAD
 from tiger_ray.settings.training import TrainingSettings
 from tiger_ray.training.checkpoints import Progress
-from tiger_ray.training.collate import tiger_task, tokens_of
+from tiger_ray.training.collate import tiger_collate, tokens_of
 from tiger_ray.training.examples import BATCHES_PER_GROUP, Batch
 from tiger_ray.training.log import TrainingLog, measured_peak
 from tiger_ray.training.loop import BATCH_TOKENS, fit, learning_rate, make_optimizer
@@ -200,7 +200,7 @@ class Worker:
                 network,
                 optimizer,
                 iter(steps),
-                tiger_task(model, self._codes_NI),
+                tiger_collate(model, self._codes_NI),
                 settings,
                 Progress(),
                 log,

@@ -24,7 +24,7 @@ from tiger_ray.rankers.sasrec import Sasrec
 from tiger_ray.settings.sasrec import SasrecSettings
 from tiger_ray.settings.training import TrainingSettings
 from tiger_ray.training.checkpoints import Progress, load_state, save_state
-from tiger_ray.training.collate import sasrec_task
+from tiger_ray.training.collate import sasrec_collate
 from tiger_ray.training.examples import Batch, Examples
 from tiger_ray.training.log import TrainingLog
 from tiger_ray.training.loop import fit, make_optimizer
@@ -517,7 +517,7 @@ def train(model, settings, histories, progress=None, optimizer=None, **changed):
         model,
         optimizer or make_optimizer(model, settings),
         examples.batches(settings.global_batch_size, start=progress.step, batch_tokens=settings.batch_tokens),
-        sasrec_task(model),
+        sasrec_collate(model),
         settings,
         progress,
         TrainingLog(settings.log_every_steps, settings.num_steps, CPU),
@@ -606,9 +606,9 @@ def test_accumulated_parts_give_the_gradient_of_the_whole():
 def test_work_counts_items_with_and_without_padding():
     model = sasrec()
     batch = Batch(*joined([[1], [1, 2], [1, 2, 3]]), np.zeros(3, np.uint64), np.array([2, 3, 4], np.int32))
-    work = sasrec_task(model)(batch)
-    history_BT, target_B = work.inputs
-    assert (work.tokens, work.padded) == (6, 9)
+    collated = sasrec_collate(model)(batch)
+    history_BT, target_B = collated.inputs
+    assert (collated.tokens, collated.padded) == (6, 9)
     assert history_BT.tolist() == [[NO_ITEM, NO_ITEM, 1], [NO_ITEM, 1, 2], [1, 2, 3]]
     assert target_B.tolist() == [2, 3, 4]
-    assert work.operations == sasrec_operations(model, np.array([1, 2, 3]))
+    assert collated.operations == sasrec_operations(model, np.array([1, 2, 3]))

@@ -19,7 +19,7 @@ from tiger_ray.published import evaluation as published_evaluation
 from tiger_ray.published.semantic_ids import load_semantic_ids
 from tiger_ray.report import comparison
 from tiger_ray.settings.settings import Settings
-from tiger_ray.stages import baselines as contenders
+from tiger_ray.stages import baselines
 from tiger_ray.stages import evaluation as harness
 
 pytestmark = pytest.mark.ray
@@ -43,8 +43,8 @@ class Rivals:
         return tiny_settings(self.root, self.data, date, **sections)
 
     def run(self, kind: str, **changed: Any) -> Manifest:
-        inputs = {name: self.night[name] for name in contenders.INPUTS}
-        return contenders.run_baseline(self.settings(kind, **changed), self.storage, **inputs).manifest
+        inputs = {name: self.night[name] for name in baselines.INPUTS}
+        return baselines.run_baseline(self.settings(kind, **changed), self.storage, **inputs).manifest
 
     def lists(self, evaluated: Manifest) -> Any:
         tables = [
@@ -127,7 +127,7 @@ def test_sasrec_learns_by_the_workers_of_the_model_and_is_kept(
     said = f"step {chosen} of 40, batches of {model.settings['training']['global_batch_size']}, seed 0"
     assert evaluated["sasrec"].metadata["training"] == said
     settings = rivals.settings("sasrec")
-    stage = contenders.sasrec_stage(settings.sasrec)
+    stage = baselines.sasrec_stage(settings.sasrec)
     again = run(stage, settings, rivals.storage, rivals.night["sequences"], rivals.night["semantic_ids"])
     assert again.status == "skipped"
 

@@ -16,7 +16,7 @@ from tiger_ray.evaluation.tally import sum_of
 from tiger_ray.published import evaluation as published_evaluation
 from tiger_ray.settings.evaluation import EvaluationSettings
 from tiger_ray.stages import evaluation as harness
-from tiger_ray.stages.evaluation import Contender
+from tiger_ray.stages.evaluation import RankerSpec
 
 NUM_ITEMS = 9
 HISTORIES = [
@@ -78,7 +78,7 @@ def lists_of(
         evaluated,
         SimpleNamespace(evaluation=EvaluationSettings(**{"ks": (2, 4), **changed})),
         {"sequences": run.as_manifest([entry]), "semantic_ids": None},
-        Contender(ranker, {}, {}, "leave_one_out", {}, {}, name="fake"),
+        RankerSpec(ranker, {}, {}, "leave_one_out", {}, {}, name="fake"),
         share,
         EVENTS_N,
         {},

@@ -14,9 +14,8 @@ from tiger_ray.artifacts.storage import Storage
 from tiger_ray.errors import ArtifactError, DataError, PublishError, QualityError
 from tiger_ray.published.model import load_model
 from tiger_ray.published.semantic_ids import load_semantic_ids
-from tiger_ray.stages import baselines as contenders
+from tiger_ray.stages import baselines, gate, recommendations
 from tiger_ray.stages import evaluation as harness
-from tiger_ray.stages import gate, recommendations
 from tiger_ray.stages import model as training
 from tiger_ray.stages.gate import require_gate
 from tiger_ray.synthetic import world as synthetic
@@ -233,8 +232,8 @@ def test_a_model_of_another_id_space_is_refused(night, night_root, world):
     histories, ids = night["sequences"], other["semantic_ids"]
     for begin in (
         lambda: run(training.STAGE, settings, other.storage, histories, ids),
-        lambda: run(contenders.sasrec_stage(settings.sasrec), settings, other.storage, histories, ids),
-        lambda: contenders.run_baseline(
+        lambda: run(baselines.sasrec_stage(settings.sasrec), settings, other.storage, histories, ids),
+        lambda: baselines.run_baseline(
             settings,
             other.storage,
             semantic_ids=ids,

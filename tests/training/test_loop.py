@@ -15,7 +15,7 @@ from tiger_ray.model.tokens import Vocabulary, user_buckets
 from tiger_ray.settings.model import ModelSettings
 from tiger_ray.settings.training import TrainingSettings
 from tiger_ray.training.checkpoints import Progress, load_state, save_state
-from tiger_ray.training.collate import tiger_task, tokens_of
+from tiger_ray.training.collate import tiger_collate, tokens_of
 from tiger_ray.training.examples import Batch, Examples
 from tiger_ray.training.log import TrainingLog
 from tiger_ray.training.loop import fit, learning_rate, make_optimizer
@@ -57,10 +57,10 @@ def test_work_counts_user_tokens_and_codewords_with_and_without_padding():
     batch = Batch(
         np.array([0, 2, 3], np.int32), np.array([1, 2]), np.zeros(2, np.uint64), np.array([1, 4], np.int32)
     )
-    work = tiger_task(model, CODES_NI)(batch)
-    assert (work.tokens, work.padded) == (4 + 7, 2 * 7)
-    assert work.operations == tiger_operations(model, np.array([4, 7]))
-    assert all(map(torch.equal, work.inputs, tokens_of(batch, CODES_NI, model.vocabulary)))
+    collated = tiger_collate(model, CODES_NI)(batch)
+    assert (collated.tokens, collated.padded) == (4 + 7, 2 * 7)
+    assert collated.operations == tiger_operations(model, np.array([4, 7]))
+    assert all(map(torch.equal, collated.inputs, tokens_of(batch, CODES_NI, model.vocabulary)))
 
 
 def test_the_learning_rate_rises_linearly_peaks_and_falls_to_zero_as_a_cosine():
@@ -134,7 +134,7 @@ def train(
             batch_tokens=settings.batch_tokens,
             id_length=VOCABULARY.id_length,
         ),
-        tiger_task(model, CODES_NI),
+        tiger_collate(model, CODES_NI),
         settings,
         progress,
         TrainingLog(settings.log_every_steps, settings.num_steps, torch.device("cpu"), sinks=sinks),

@@ -15,13 +15,11 @@ from tiger_ray.core.hashing import splitmix64
 from tiger_ray.data.histories import columns_for, cuts_of, user_shards
 from tiger_ray.errors import DataError
 from tiger_ray.rankers.base import Ranker
-from tiger_ray.training.examples import Examples, Histories
+from tiger_ray.training.examples import Corpus, Examples
 from tiger_ray.training.validation import Validation
 
 
-def read_histories(
-    storage: Storage, sequences: Manifest, shards: Sequence[FileEntry], holdout: str
-) -> Histories:
+def read_corpus(storage: Storage, sequences: Manifest, shards: Sequence[FileEntry], holdout: str) -> Corpus:
     """Histories of some user shards, without the events that the holdout hides.
 
     Raises:
@@ -46,7 +44,7 @@ def read_histories(
         ends.append(num_examples + np.cumsum(seen_U[useful_U] - 1))
         hashes.append(table.column("user_hash").to_numpy()[useful_U])
         num_events, num_examples = end, int(ends[-1][-1])
-    return Histories(item_index_E[:num_events], np.concatenate(ends), np.concatenate(hashes))
+    return Corpus(item_index_E[:num_events], np.concatenate(ends), np.concatenate(hashes))
 
 
 def open_examples(
@@ -76,7 +74,7 @@ def open_examples(
     examples = Examples(
         events_S,
         np.array([entry.facts[f"examples_{holdout}"] for entry in shards], np.int64),
-        lambda some: read_histories(storage, sequences, [shards[shard] for shard in some], holdout),
+        lambda some: read_corpus(storage, sequences, [shards[shard] for shard in some], holdout),
         max_history=max_history,
         events_in_memory=events_in_memory,
         seed=seed,

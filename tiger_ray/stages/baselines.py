@@ -1,4 +1,4 @@
-"""Baselines as contenders of the harness: trained if they have to be, by the workers that train the model.
+"""The baselines as rankers to evaluate; SASRec is trained by the workers that train the model.
 
 N items, D embedding width.
 """
@@ -31,11 +31,11 @@ from tiger_ray.rankers.sasrec import Sasrec
 from tiger_ray.settings.sasrec import SasrecSettings
 from tiger_ray.settings.settings import Settings
 from tiger_ray.stages import evaluation, model
-from tiger_ray.stages.evaluation import Contender
+from tiger_ray.stages.evaluation import RankerSpec
 from tiger_ray.stages.model import train
 from tiger_ray.stages.stage import Computed, Context, Stage, StageResult, run_stage
-from tiger_ray.training.collate import sasrec_task
-from tiger_ray.training.spec import Trainee
+from tiger_ray.training.collate import sasrec_collate
+from tiger_ray.training.spec import TrainSpec
 
 INPUTS = ("semantic_ids", "sequences", "catalog", "embeddings")
 """Artifacts that a baseline and its evaluation read."""
@@ -58,14 +58,14 @@ def run_baseline(settings: Settings, storage: Storage, **inputs: Manifest) -> St
             "training.holdout is 'none', so nothing is left to evaluate a baseline on; set it to 'leave_one_out' or 'time'"
         )
     make = {"popularity": _popularity, "neighbours": _neighbours, "sasrec": _sasrec}[settings.baseline.kind]
-    contender = make(settings, storage, inputs["semantic_ids"], inputs["sequences"], inputs["embeddings"])
+    spec = make(settings, storage, inputs["semantic_ids"], inputs["sequences"], inputs["embeddings"])
     evaluated = {name: inputs[name] for name in evaluation.INPUTS}
-    return run_stage(evaluation.evaluation_stage(contender), settings, storage, **evaluated)
+    return run_stage(evaluation.evaluation_stage(spec), settings, storage, **evaluated)
 
 
-def _contender(settings: Settings, name: str, ranking: str, **parts: Any) -> Contender:
+def _spec(settings: Settings, name: str, ranking: str, **parts: Any) -> RankerSpec:
     decoding = settings.decoding
-    return Contender(
+    return RankerSpec(
         ranking={"ranking": f"full, item level, {ranking}", **parts.pop("more", {})},
         holdout=settings.training.holdout,
         name=name,
@@ -77,8 +77,8 @@ def _contender(settings: Settings, name: str, ranking: str, **parts: Any) -> Con
 
 def _popularity(
     settings: Settings, storage: Storage, semantic_ids: Manifest, sequences: Manifest, embeddings: Manifest
-) -> Contender:
-    return _contender(
+) -> RankerSpec:
+    return _spec(
         settings,
         "popularity",
         "most events that training saw",
@@ -98,8 +98,8 @@ def make_popularity(storage: Storage, semantic_ids: Manifest, events_N: npt.NDAr
 
 def _neighbours(
     settings: Settings, storage: Storage, semantic_ids: Manifest, sequences: Manifest, embeddings: Manifest
-) -> Contender:
-    return _contender(
+) -> RankerSpec:
+    return _spec(
         settings,
         "neighbours",
         "cosine to the last item's content embedding",
@@ -145,11 +145,11 @@ def make_neighbours(
 
 def _sasrec(
     settings: Settings, storage: Storage, semantic_ids: Manifest, sequences: Manifest, embeddings: Manifest
-) -> Contender:
+) -> RankerSpec:
     stage = sasrec_stage(settings.sasrec)
     trained = run_stage(stage, settings, storage, sequences=sequences, semantic_ids=semantic_ids).manifest
     index = settings.baseline.index
-    return _contender(
+    return _spec(
         settings,
         variant(settings.sasrec) + ("" if index == "exact" else f"-{index}"),
         {"exact": "inner products with all items"}.get(index, f"inner products, FAISS {index}"),
@@ -178,7 +178,7 @@ def _compute_sasrec(run: Run, context: Context) -> Computed:
         "storage": context.storage,
         "semantic_ids": context.inputs["semantic_ids"],
     }
-    return train(run, context.settings, context.inputs["sequences"], make_sasrec_trainee, arguments)
+    return train(run, context.settings, context.inputs["sequences"], make_sasrec_spec, arguments)
 
 
 def sasrec_stage(sasrec: SasrecSettings) -> Stage:
@@ -199,14 +199,14 @@ def sasrec_stage(sasrec: SasrecSettings) -> Stage:
     )
 
 
-def make_sasrec_trainee(settings: Settings, storage: Storage, semantic_ids: Manifest) -> Trainee:
+def make_sasrec_spec(settings: Settings, storage: Storage, semantic_ids: Manifest) -> TrainSpec:
     """A new SASRec for all items ever registered."""
     ids = load_semantic_ids(storage, semantic_ids)
     torch.manual_seed(settings.seed)
     model = SasrecModel(settings.sasrec, len(ids))
-    return Trainee(
+    return TrainSpec(
         model,
-        sasrec_task(model),
+        sasrec_collate(model),
         partial(Sasrec, eligible_N=ids.eligible_N),
         settings.sasrec.max_history,
     )

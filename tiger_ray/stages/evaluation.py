@@ -48,7 +48,7 @@ NUM_TASKS = 8
 
 
 @dataclass(frozen=True)
-class Contender:
+class RankerSpec:
     """A ranker that is to be evaluated, and how to make it in another process."""
 
     make: Callable[..., Ranker]
@@ -77,11 +77,11 @@ class Contender:
         return f"evaluation-{self.name}" if self.name else "evaluation"
 
 
-def tiger(context: Context) -> Contender:
+def tiger(context: Context) -> RankerSpec:
     """The model of the night, ranked by beam search as section `decoding` says."""
     settings, model = context.settings, context.inputs["model"]
     decoding = settings.decoding
-    return Contender(
+    return RankerSpec(
         make=Scorer,
         arguments={
             "storage": context.storage,
@@ -104,15 +104,15 @@ def tiger(context: Context) -> Contender:
     )
 
 
-def _check(context: Context, contender: Contender) -> None:
+def _check(context: Context, spec: RankerSpec) -> None:
     sequences, semantic_ids = context.inputs["sequences"], context.inputs["semantic_ids"]
     require_same_registry(sequences, semantic_ids)
-    if contender.holdout == "none":
+    if spec.holdout == "none":
         raise DataError(
             "the model was trained on all events (training.holdout is 'none'), so there is nothing left to evaluate it on"
         )
-    require_holdout(sequences, contender.holdout)
-    model = contender.inputs.get("model")
+    require_holdout(sequences, spec.holdout)
+    model = spec.inputs.get("model")
     if model is not None and model.inputs["sequences"] != sequences.digest:
         raise ArtifactError(
             f"{model.artifact} {model.run_id} was trained on other histories than sequences {sequences.run_id}: it may "
@@ -120,15 +120,15 @@ def _check(context: Context, contender: Contender) -> None:
         )
 
 
-def _keyed_inputs(context: Context, contender: Contender) -> dict[str, Manifest]:
-    return {**contender.inputs, **{name: context.inputs[name] for name in INPUTS}}
+def _keyed_inputs(context: Context, spec: RankerSpec) -> dict[str, Manifest]:
+    return {**spec.inputs, **{name: context.inputs[name] for name in INPUTS}}
 
 
-def _source(context: Context, contender: Contender) -> dict[str, Any]:
-    return {"ranking": dict(contender.ranking), "holdout": contender.holdout}
+def _source(context: Context, spec: RankerSpec) -> dict[str, Any]:
+    return {"ranking": dict(spec.ranking), "holdout": spec.holdout}
 
 
-def evaluation_stage(contender: Contender) -> Stage:
+def evaluation_stage(spec: RankerSpec) -> Stage:
     """The stage that evaluates any ranker: the same users, targets, masks and counts for all.
 
     Raises:
@@ -138,52 +138,50 @@ def evaluation_stage(contender: Contender) -> Stage:
     """
     return replace(
         STAGE,
-        name=contender.artifact,
-        does=f"recall and NDCG of {contender.name}, beside popularity",
+        name=spec.artifact,
+        does=f"recall and NDCG of {spec.name}, beside popularity",
         inputs=INPUTS,
-        sections=(*contender.sections, "evaluation"),
-        check=partial(_check, contender=contender),
-        keyed_inputs=partial(_keyed_inputs, contender=contender),
-        source=partial(_source, contender=contender),
-        compute=lambda run, context: _compute(run, context, contender),
+        sections=(*spec.sections, "evaluation"),
+        check=partial(_check, spec=spec),
+        keyed_inputs=partial(_keyed_inputs, spec=spec),
+        source=partial(_source, spec=spec),
+        compute=lambda run, context: _compute(run, context, spec),
     )
 
 
-def _compute(run: Run, context: Context, contender: Contender) -> Computed:
-    settings, storage, inputs = context.settings, run.storage, _keyed_inputs(context, contender)
+def _compute(run: Run, context: Context, spec: RankerSpec) -> Computed:
+    settings, storage, inputs = context.settings, run.storage, _keyed_inputs(context, spec)
     sequences, semantic_ids = inputs["sequences"], inputs["semantic_ids"]
     max_users = settings.evaluation.max_users
     share = 1.0
     if max_users is not None:
-        candidates = sequences.metadata[f"{settings.evaluation.split}_users_{contender.holdout}"]
+        candidates = sequences.metadata[f"{settings.evaluation.split}_users_{spec.holdout}"]
         share = min(1.0, max_users / max(candidates, 1))
-    training_events = _training_events(
-        storage, sequences, contender.holdout, int(semantic_ids.metadata["items"])
-    )
+    training_events = _training_events(storage, sequences, spec.holdout, int(semantic_ids.metadata["items"]))
     entries = map_shards(
         run,
         _RankShard,
         {
             "settings": settings,
             "inputs": dict(inputs),
-            "contender": contender,
+            "spec": spec,
             "share": share,
             "training_events_N": training_events,
-            "ranker_arguments": dict(contender.arguments),
+            "ranker_arguments": dict(spec.arguments),
         },
         shards=user_shards(sequences),
-        num_workers=contender.num_workers,
-        num_cpus=contender.num_cpus,
-        use_gpu=contender.use_gpu,
+        num_workers=spec.num_workers,
+        num_cpus=spec.num_cpus,
+        use_gpu=spec.use_gpu,
     )
     users = sum(entry.rows for entry in entries)
     if users == 0:
-        raise DataError(_nobody(settings, contender.holdout, sequences))
+        raise DataError(_nobody(settings, spec.holdout, sequences))
     found = _count(run, entries, settings, inputs, training_events)
     events = sequences.settings["events"]
     protocol = {
-        "split": f"{contender.holdout.replace('_', '-')}, {settings.evaluation.split}",
-        **contender.ranking,
+        "split": f"{spec.holdout.replace('_', '-')}, {settings.evaluation.split}",
+        **spec.ranking,
         "history_masked": settings.evaluation.exclude_history,
         "max_history": settings.evaluation.max_history,
         "ties": events["tie"] or events["ties"],
@@ -192,7 +190,7 @@ def _compute(run: Run, context: Context, contender: Contender) -> Computed:
     }
     # what changes from night to night is not in the protocol, by which nights are held against each other
     facts = {"protocol": protocol, "periods": None, "training": _training(inputs.get("model"))}
-    if contender.holdout == "time":
+    if spec.holdout == "time":
         first, second = (sequences.metadata[name] for name in ("validation_from", "test_from"))
         facts["periods"] = f"validation from {first}, test from {second}"
     metrics = run.write_file(METRICS_FILE, json.dumps({**facts, **found}, indent=2).encode())
@@ -250,15 +248,15 @@ class _RankShard:
         run: Run,
         settings: Settings,
         inputs: Mapping[str, Manifest],
-        contender: Contender,
+        spec: RankerSpec,
         share: float,
         training_events_N: npt.NDArray[np.int64],
         ranker_arguments: Mapping[str, Any],
     ) -> None:
         self._run, self._settings, self._sequences = run, settings.evaluation, inputs["sequences"]
-        self._holdout, self._share, self._training_events_N = contender.holdout, share, training_events_N
-        events = {"events_N": training_events_N} if contender.reads_events else {}
-        self._ranker, self._artifact = contender.make(**ranker_arguments, **events), contender.artifact
+        self._holdout, self._share, self._training_events_N = spec.holdout, share, training_events_N
+        events = {"events_N": training_events_N} if spec.reads_events else {}
+        self._ranker, self._artifact = spec.make(**ranker_arguments, **events), spec.artifact
         eligible_N = load_semantic_ids(run.storage, inputs["semantic_ids"]).eligible_N
         self._popularity = Popularity(training_events_N, eligible_N)
 

@@ -40,10 +40,10 @@ from tiger_ray.rankers.tiger import BeamRanker
 from tiger_ray.settings.settings import Settings
 from tiger_ray.stages.stage import Computed, Context, Stage
 from tiger_ray.training.checkpoints import JUDGED_BY, STATE_FILE, Progress, load_state, save_state
-from tiger_ray.training.collate import tiger_task
+from tiger_ray.training.collate import tiger_collate
 from tiger_ray.training.log import MLflow, TensorBoard, TrainingLog, measured_peak, wants_mlflow
 from tiger_ray.training.loop import BATCH_TOKENS, fit, make_optimizer
-from tiger_ray.training.spec import Trainee
+from tiger_ray.training.spec import TrainSpec
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def _compute(run: Run, context: Context) -> Computed:
         "semantic_ids": semantic_ids,
         "warm_start": warm_start,
     }
-    entries, facts = train(run, settings, sequences, make_tiger, arguments)
+    entries, facts = train(run, settings, sequences, make_tiger_spec, arguments)
     if warm_start is not None:
         facts["summary"] += f", begun with the model of {warm_start.date}"
     return entries, {
@@ -100,9 +100,9 @@ def _compute(run: Run, context: Context) -> Computed:
     }
 
 
-def make_tiger(
+def make_tiger_spec(
     settings: Settings, storage: Storage, semantic_ids: Manifest, warm_start: Manifest | None
-) -> Trainee:
+) -> TrainSpec:
     """The paper's model, or the last night's with tonight's settings."""
     ids = load_semantic_ids(storage, semantic_ids)
     vocabulary = Vocabulary(ids.level_sizes, settings.model.num_user_buckets)
@@ -118,9 +118,9 @@ def make_tiger(
         eligible_N=ids.eligible_N,
         precision=settings.training.precision,
     )
-    return Trainee(
+    return TrainSpec(
         model,
-        tiger_task(model, ids.codes_NI),
+        tiger_collate(model, ids.codes_NI),
         make_ranker,
         settings.model.max_history,
         vocabulary.id_length,
@@ -132,7 +132,7 @@ def train(
     run: Run,
     settings: Settings,
     sequences: Manifest,
-    make_trainee: Callable[..., Trainee],
+    make_spec: Callable[..., TrainSpec],
     arguments: Mapping[str, Any],
 ) -> tuple[list[FileEntry], dict[str, Any]]:
     """Train with section `training`, by one worker or by several of Ray Train; goes on where an earlier attempt ended.
@@ -141,7 +141,7 @@ def train(
         run: gets the model's files and its curve.
         settings: of the night.
         sequences: histories.
-        make_trainee: called on each worker.
+        make_spec: called on each worker.
         arguments: its keyword arguments.
 
     Returns:
@@ -162,7 +162,7 @@ def train(
         config = {
             "settings": settings,
             "sequences": sequences,
-            "make_trainee": make_trainee,
+            "make_spec": make_spec,
             "arguments": dict(arguments),
         }
         run_workers(_train_worker, config, run=run, date=settings.date, settings=training)
@@ -186,13 +186,13 @@ def _train_worker(config: dict[str, Any], worker: Worker) -> None:
     rank, world_size, device = worker.rank, worker.world_size, worker.device
     if device.type == "cpu":
         keep_freed_memory()
-    trainee: Trainee = config["make_trainee"](**config["arguments"])
-    model = trainee.model.to(device)
+    spec: TrainSpec = config["make_spec"](**config["arguments"])
+    model = spec.model.to(device)
     examples = open_examples(
         storage,
         sequences,
         holdout=training.holdout,
-        max_history=trainee.max_history,
+        max_history=spec.max_history,
         events_in_memory=training.events_in_memory,
         seed=settings.seed,
     )
@@ -219,7 +219,7 @@ def _train_worker(config: dict[str, Any], worker: Worker) -> None:
             storage,
             sequences,
             training.validation_users,
-            trainee.make_ranker,
+            spec.make_ranker,
             holdout=training.holdout,
             rank=rank,
             world_size=world_size,
@@ -264,10 +264,10 @@ def _train_worker(config: dict[str, Any], worker: Worker) -> None:
             rank=rank,
             world_size=world_size,
             batch_tokens=training.batch_tokens or BATCH_TOKENS[device.type],
-            id_length=trainee.id_length,
-            user_token=trainee.user_token,
+            id_length=spec.id_length,
+            user_token=spec.user_token,
         ),
-        trainee.task,
+        spec.collate,
         training,
         progress,
         TrainingLog(

@@ -21,22 +21,22 @@ from tiger_ray.training.examples import Batch
 from tiger_ray.training.operations import sasrec_operations, tiger_operations
 
 
-def sasrec_task(model: SasrecModel) -> Task:
-    """The task of SASRec: histories and next items as item_index."""
+def sasrec_collate(model: SasrecModel) -> Collate:
+    """The collate function of SASRec: histories and next items as item_index."""
 
-    def task(batch: Batch) -> Work:
+    def collate(batch: Batch) -> Collated:
         history_BT = pad_left(batch.item_E, batch.lengths_B)
         target_B = torch.from_numpy(batch.target_B.astype(np.int64))
         operations = sasrec_operations(model, batch.lengths_B)
-        return Work((history_BT, target_B), int(batch.lengths_B.sum()), history_BT.numel(), operations)
+        return Collated((history_BT, target_B), int(batch.lengths_B.sum()), history_BT.numel(), operations)
 
-    return task
+    return collate
 
 
-class Work(NamedTuple):
+class Collated(NamedTuple):
     """One batch, ready for a network.
 
-    >>> Work((torch.zeros(2, 5),), tokens=7, padded=10, operations=1e6).padded
+    >>> Collated((torch.zeros(2, 5),), tokens=7, padded=10, operations=1e6).padded
     10
     """
 
@@ -50,21 +50,21 @@ class Work(NamedTuple):
     """Floating-point operations, forward and backward, without operations on padding."""
 
 
-Task = Callable[[Batch], Work]
+Collate = Callable[[Batch], Collated]
 """Turns a batch into the inputs of a network."""
 
 
-def tiger_task(model: TigerModel, codes_NI: npt.NDArray[np.int16]) -> Task:
-    """The task of TIGER: histories and next items as tokens of their Semantic IDs, (N, I) int16 by item_index."""
+def tiger_collate(model: TigerModel, codes_NI: npt.NDArray[np.int16]) -> Collate:
+    """The collate function of TIGER: histories and next items as tokens of their Semantic IDs, (N, I) int16 by item_index."""
     vocabulary = model.vocabulary
 
-    def task(batch: Batch) -> Work:
+    def collate(batch: Batch) -> Collated:
         history_BT, target_BI = tokens_of(batch, codes_NI, vocabulary)
         tokens_B = batch.lengths_B * vocabulary.id_length + (vocabulary.num_user_buckets > 0)
         operations = tiger_operations(model, tokens_B)
-        return Work((history_BT, target_BI), int(tokens_B.sum()), history_BT.numel(), operations)
+        return Collated((history_BT, target_BI), int(tokens_B.sum()), history_BT.numel(), operations)
 
-    return task
+    return collate
 
 
 def tokens_of(batch: Batch, codes_NI: npt.NDArray[np.int16], vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:

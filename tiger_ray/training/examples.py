@@ -1,4 +1,4 @@
-"""Histories -> training examples: each example once per epoch, in a random order that takes no memory.
+"""Corpus -> training examples: each example once per epoch, in a random order that takes no memory.
 
 An example is an event of a user as the target, and the events before it as the history. Examples are never
 stored. They form one endless row, epoch after epoch. The example at a place of the row follows from the seed
@@ -80,12 +80,12 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Histories:
+class Corpus:
     """Histories in memory: users with an example, and the events that training may see.
 
-    >>> histories = Histories(np.array([5, 6, 7, 1, 2]), np.array([2, 3]), np.array([0, 0], np.uint64))
-    >>> batch = histories.cut(np.array([1]), max_history=20)
-    >>> len(histories), batch.item_E.tolist(), batch.target_B.tolist()
+    >>> corpus = Corpus(np.array([5, 6, 7, 1, 2]), np.array([2, 3]), np.array([0, 0], np.uint64))
+    >>> batch = corpus.cut(np.array([1]), max_history=20)
+    >>> len(corpus), batch.item_E.tolist(), batch.target_B.tolist()
     (3, [5, 6], [7])
     """
 
@@ -125,7 +125,7 @@ class Examples:
     Args:
         events_S: most events of each user shard, (S,) int64.
         examples_S: examples of each user shard, (S,) int64.
-        read: called with numbers of shards; gives their histories.
+        read: called with numbers of shards; gives their corpus.
         max_history: most recent items of a history that the model reads.
         events_in_memory: more events than this are streamed in windows of half this size: one window is in
             use while a thread reads the next.
@@ -143,7 +143,7 @@ class Examples:
         self,
         events_S: npt.NDArray[np.int64],
         examples_S: npt.NDArray[np.int64],
-        read: Callable[[npt.NDArray[np.int64]], Histories],
+        read: Callable[[npt.NDArray[np.int64]], Corpus],
         *,
         max_history: int,
         events_in_memory: int,
@@ -154,7 +154,7 @@ class Examples:
         self._window_events = events_in_memory // 2
         self.streamed = int(events_S.sum()) > events_in_memory
         """True if the events do not fit into memory."""
-        self._kept: Histories | None = None
+        self._kept: Corpus | None = None
 
     @classmethod
     def of(
@@ -176,16 +176,16 @@ class Examples:
             seed: of every order.
         """
         useful_U = lengths_U > 1
-        histories = Histories(
+        corpus = Corpus(
             item_index_E[np.repeat(useful_U, lengths_U)],
             np.cumsum(lengths_U[useful_U] - 1),
             user_hash_U[useful_U],
         )
-        events = len(histories.item_index_E)
+        events = len(corpus.item_index_E)
         return cls(
             np.array([events], np.int64),
-            np.array([len(histories)], np.int64),
-            lambda _: histories,
+            np.array([len(corpus)], np.int64),
+            lambda _: corpus,
             max_history=max_history,
             events_in_memory=events,
             seed=seed,
@@ -257,17 +257,17 @@ class Examples:
         """Groups of `size` consecutive examples in the row of all epochs, from group `number` on."""
         parts: list[Batch] = []
         missing = size
-        for window, histories in self._in_memory(self._windows(number * size)):
+        for window, corpus in self._in_memory(self._windows(number * size)):
             place = window.place
             while place < window.size:
                 end = min(place + missing, window.size)
                 example_B = permutation_at(np.arange(place, end), window.size, window.key)
-                parts.append(histories.cut(example_B, self._max_history))
+                parts.append(corpus.cut(example_B, self._max_history))
                 place, missing = end, missing - len(example_B)
                 if not missing:
                     yield Batch(*map(np.concatenate, zip(*parts, strict=True)))
                     parts, missing = [], size
-            del histories  # free the window before the loop asks for the next, or three would be in memory
+            del corpus  # free the window before the loop asks for the next, or three would be in memory
 
     def _windows(self, first: int) -> Iterator[_Window]:
         """The windows of the row of all epochs, from the window with place `first` on."""
@@ -293,8 +293,8 @@ class Examples:
             room -= events
         return np.split(shards, borders)
 
-    def _in_memory(self, windows: Iterator[_Window]) -> Iterator[tuple[_Window, Histories]]:
-        """Each window with its histories."""
+    def _in_memory(self, windows: Iterator[_Window]) -> Iterator[tuple[_Window, Corpus]]:
+        """Each window with its corpus."""
         if not self.streamed:
             if self._kept is None:
                 self._kept = self._read(np.arange(len(self._events_S)))
@@ -304,9 +304,9 @@ class Examples:
             window = next(windows)
             reading = thread.submit(self._read, window.shards)
             for following in windows:
-                histories = reading.result()
+                corpus = reading.result()
                 reading = thread.submit(self._read, following.shards)
-                yield window, histories
+                yield window, corpus
                 window = following
 
 

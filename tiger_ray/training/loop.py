@@ -1,6 +1,6 @@
 """The training loop: batches of examples to weights, on one worker or on one of many.
 
-The loop trains any network that turns histories into losses; a `Task` turns a batch into the network's inputs.
+The loop trains any network that turns histories into losses; a `Collate` turns a batch into the network's inputs.
 This module needs no Ray: `stages.model` starts the workers, and a script on one machine can call `fit`.
 
 B examples of one batch, I id_length.
@@ -20,7 +20,7 @@ from tiger_ray.core.precision import dtype_of
 from tiger_ray.errors import TigerError
 from tiger_ray.settings.training import TrainingSettings
 from tiger_ray.training.checkpoints import Progress
-from tiger_ray.training.collate import Task
+from tiger_ray.training.collate import Collate
 from tiger_ray.training.examples import Batch
 from tiger_ray.training.log import LossWindow, TrainingLog
 
@@ -32,7 +32,7 @@ def fit(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Iterator[Sequence[Batch]],
-    task: Task,
+    collate: Collate,
     settings: TrainingSettings,
     progress: Progress,
     log: TrainingLog,
@@ -46,11 +46,11 @@ def fit(
     """One worker's training loop, from `progress.step` to the last step or the end of patience.
 
     Args:
-        network: the model, wrapped in DDP if there are several workers. Its forward takes the inputs of `task`
+        network: the model, wrapped in DDP if there are several workers. Its forward takes the inputs of `collate`
             and the label smoothing, and returns losses, (B, I).
         optimizer: over the parameters of the network, in its state at `progress.step`.
         batches: this worker's share of each step from `progress.step` on, in one or several parts.
-        task: turns a batch into the network's inputs.
+        collate: turns a batch into the network's inputs.
         settings: section `training`: schedule, precision, batch size over all workers.
         progress: of the run; updated at each checkpoint.
         log: receives every batch, step and checkpoint.
@@ -77,8 +77,8 @@ def fit(
         torch.manual_seed(hash((seed, step, rank)) % 2**63)
         parts = next(batches)
         for left, batch in enumerate(parts, 1 - len(parts)):
-            work = task(batch)
-            inputs = [to_device(each, device) for each in work.inputs]
+            collated = collate(batch)
+            inputs = [to_device(each, device) for each in collated.inputs]
             with (
                 network.no_sync() if left and isinstance(network, DistributedDataParallel) else nullcontext()
             ):
@@ -88,7 +88,7 @@ def fit(
                 scale = world_size / (settings.global_batch_size * loss_BI.shape[1])
                 (loss_BI.sum() * scale).backward()
             loss_window.add(step, loss_BI)
-            log.add_batch(step, loss_BI, work.tokens, work.padded, work.operations)
+            log.add_batch(step, loss_BI, collated.tokens, collated.padded, collated.operations)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
         nn.utils.clip_grad_norm_(network.parameters(), settings.max_grad_norm)

@@ -9,25 +9,25 @@ from typing import Any
 import torch
 
 from tiger_ray.rankers.base import Ranker
-from tiger_ray.training.collate import Task
+from tiger_ray.training.collate import Collate
 
 
 @dataclass(frozen=True)
-class Trainee:
-    """A model to train, its task, and its ranker for validation.
+class TrainSpec:
+    """A model to train, its collate function, and its ranker for validation.
 
     >>> from tiger_ray.model.sasrec import SasrecModel
     >>> from tiger_ray.settings.sasrec import SasrecSettings
-    >>> from tiger_ray.training.collate import sasrec_task
+    >>> from tiger_ray.training.collate import sasrec_collate
     >>> model = SasrecModel(SasrecSettings(), num_items=100)
-    >>> trainee = Trainee(model, sasrec_task(model), make_ranker=lambda model, device: ..., max_history=50)
-    >>> trainee.id_length
+    >>> spec = TrainSpec(model, sasrec_collate(model), make_ranker=lambda model, device: ..., max_history=50)
+    >>> spec.id_length
     1
     """
 
     model: Any
     """A module whose `to_files` gives `MODEL_FILES`."""
-    task: Task
+    collate: Collate
     """Turns a batch into the model's inputs."""
     make_ranker: Callable[[Any, torch.device], Ranker]
     """Makes a ranker of the current model, in evaluation mode, on a device."""
