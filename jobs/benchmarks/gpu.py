@@ -31,7 +31,8 @@ from tiger_ray.decoding.decoder import Decoder
 from tiger_ray.evaluation import metrics as evaluation
 from tiger_ray.model.t5 import TigerModel
 from tiger_ray.model.tokens import Vocabulary, pad_histories
-from tiger_ray.rankers.tiger import BeamRanker
+from tiger_ray.rankers.base import Histories, Rules
+from tiger_ray.rankers.tiger import VALIDATION_BEAM_WIDTH, TigerRanker
 from tiger_ray.settings.decoding import DecodingSettings
 from tiger_ray.settings.model import ModelSettings
 from tiger_ray.settings.training import TrainingSettings
@@ -285,9 +286,12 @@ def trained(
     some = np.random.default_rng(0).permutation(everybody)[: settings.validation_users]
     read, read_B, target_B = world.before(HELD_OUT, some)
     make_ranker = partial(
-        BeamRanker, codes_NI=world.codes_NI, eligible_N=world.eligible_N, precision=settings.precision
+        TigerRanker,
+        codes_NI=world.codes_NI,
+        rules=Rules(world.eligible_N),
+        decoding=DecodingSettings(beam_width=VALIDATION_BEAM_WIDTH, precision=settings.precision),
     )
-    validation = Validation(read, read_B, world.user_hash_U[some], target_B, make_ranker)
+    validation = Validation(Histories(read, read_B, world.user_hash_U[some]), target_B, make_ranker)
     progress = Progress()
     peak = measured_peak(device, torch.bfloat16)
     log = TrainingLog(settings.log_every_steps, settings.num_steps, device, peak, [])

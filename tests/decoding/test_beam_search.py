@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests import tiny_models
 from tests.tiny_models import histories_of, split
 from tiger_ray.core import hashing
-from tiger_ray.core.arrays import best_first, ranges
+from tiger_ray.core.arrays import ranges
 from tiger_ray.decoding import trie
 from tiger_ray.decoding.beam_search import beam_search, best_places
 from tiger_ray.decoding.cuda_graphs import pad_to_shape, power_of_two
@@ -603,14 +603,6 @@ def test_nobody_gets_nothing_and_too_many_items_are_refused():
     assert found_BK.shape == score_BK.shape == (0, 5)
     with pytest.raises(ValueError, match=r"6 items are asked for, but decoding\.beam_width is 5"):
         decoder.recommend(np.zeros(1, np.int32), np.ones(1, np.int64), None, 6)
-
-
-def test_best_first_orders_a_draw_by_score_and_leaves_empty_places_last():
-    found_BK = np.array([[4, 7, 1, -1]])
-    score_BK = np.array([[-2.0, -1.0, -2.0, -np.inf]], np.float32)
-    found_BK, score_BK = best_first(found_BK, score_BK)
-    assert found_BK.tolist() == [[7, 4, 1, -1]]
-    assert score_BK.tolist() == [[-1.0, -2.0, -2.0, -np.inf]]
 
 
 @given(st.integers(1, 10_000))

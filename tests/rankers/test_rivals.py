@@ -16,7 +16,7 @@ from tiger_ray.errors import ArtifactError, SettingsError
 from tiger_ray.model.sasrec import NO_ITEM, SasrecModel, pad_left
 from tiger_ray.rankers import base as rankers_base
 from tiger_ray.rankers import index as retrieval
-from tiger_ray.rankers.base import without_newest
+from tiger_ray.rankers.base import Histories, Rules, without_newest
 from tiger_ray.rankers.index import Exact, hnsw, ivf_flat, lifted
 from tiger_ray.rankers.neighbours import Neighbours
 from tiger_ray.rankers.popularity import Popularity
@@ -43,9 +43,10 @@ def joined(histories):
     return np.concatenate(histories).astype(np.int32), np.array([len(history) for history in histories])
 
 
-def recommended(ranker, histories, k, **changed):
+def recommended(ranker, histories, k):
     """(item, score) pairs of each user; the places after the last item are checked here."""
-    found_BK, score_BK = ranker.recommend(*joined(histories), None, k, **changed)
+    found = ranker.recommend(Histories.of(histories), k)
+    found_BK, score_BK = found.item_BK, found.score_BK
     assert found_BK.shape == score_BK.shape == (len(histories), k)
     assert (found_BK.dtype, score_BK.dtype) == (np.int64, np.float32)
     lists = []
@@ -67,12 +68,12 @@ def best(score_N, k, eligible_N, hidden=()):
 class Products:
     """Ranks by the inner products of an index with vectors of users, whoever they are."""
 
-    def __init__(self, index, user_BD):
-        self.index, self.user_BD = index, user_BD
+    def __init__(self, index, user_BD, exclude_history=False):
+        self.index, self.user_BD, self.exclude_history = index, user_BD, exclude_history
 
-    def recommend(self, item_index, lengths_B, user_hash_B, k, *, exclude_history=False):
+    def recommend(self, histories, k):
         search = lambda user_b, count: self.index.search(self.user_BD[user_b], count)
-        return without_newest(search, item_index, lengths_B, lengths_B * exclude_history, k)
+        return without_newest(search, histories, histories.lengths_B * self.exclude_history, k)
 
 
 def whole_numbers(rows, width=3, seed=0):
@@ -90,19 +91,24 @@ EVENTS_N = np.random.default_rng(3).integers(0, 6, NUM_ITEMS)
 def test_popularity_ranks_by_events_then_by_item_index_and_leaves_out_items_without_events(
     k, exclude_history
 ):
-    ranker = Popularity(EVENTS_N, ELIGIBLE_N)
+    ranker = Popularity(EVENTS_N, Rules(ELIGIBLE_N, exclude_history))
     with np.errstate(divide="ignore"):
         score_N = np.log(EVENTS_N / EVENTS_N.sum())
     assert (EVENTS_N == 0).any()
-    for history, found in zip(
-        HISTORIES, recommended(ranker, HISTORIES, k, exclude_history=exclude_history), strict=True
-    ):
+    for history, found in zip(HISTORIES, recommended(ranker, HISTORIES, k), strict=True):
         hidden = history if exclude_history else ()
         assert found == best(score_N, k, ELIGIBLE_N & (EVENTS_N > 0), hidden)
 
 
 def test_without_any_event_nothing_is_popular():
-    assert recommended(Popularity(np.zeros(NUM_ITEMS, int), ALL_N), [[1], [2, 3]], 4) == [[], []]
+    assert recommended(Popularity(np.zeros(NUM_ITEMS, int), Rules(ALL_N)), [[1], [2, 3]], 4) == [[], []]
+
+
+def test_popularity_may_know_of_more_events_than_those_of_its_items():
+    ranker = Popularity(np.array([0, 5, 3]), Rules(np.ones(3, bool)), num_events=16)
+    assert recommended(ranker, [[]], 3) == [
+        [(1, pytest.approx(math.log(5 / 16))), (2, pytest.approx(math.log(3 / 16)))]
+    ]
 
 
 # Neighbours
@@ -123,7 +129,7 @@ def test_neighbours_are_nearest_to_the_newest_item_with_an_embedding_which_is_no
 ):
     embedding_ND = embeddings()
     histories = [*HISTORIES, [5, 0], [7, 9, 1, 0], [1], [0, 1], [8, 8]]
-    found = recommended(Neighbours(embedding_ND, ELIGIBLE_N), histories, k, exclude_history=exclude_history)
+    found = recommended(Neighbours(embedding_ND, Rules(ELIGIBLE_N, exclude_history)), histories, k)
     for history, items in zip(histories, found, strict=True):
         with_embedding = [item for item in history if item > 1]
         if not with_embedding:
@@ -147,11 +153,11 @@ def test_exact_retrieval_is_a_loop_over_all_items_whatever_is_in_memory_at_once(
     monkeypatch.setattr(retrieval, "ITEMS_AT_ONCE", tile[1])
     monkeypatch.setattr(rankers_base, "PLACES_AT_ONCE", 50 * tile[0])
     item_ND, user_BD = whole_numbers(NUM_ITEMS), whole_numbers(len(HISTORIES), seed=1)
-    ranker = Products(Exact(torch.from_numpy(item_ND), ELIGIBLE_N), user_BD)
+    index = Exact(torch.from_numpy(item_ND), ELIGIBLE_N)
     score_BN = user_BD @ item_ND.T
     assert len(np.unique(score_BN[0])) < NUM_ITEMS / 2, "scores are often equal"
     for exclude_history in (False, True):
-        found = recommended(ranker, HISTORIES, k, exclude_history=exclude_history)
+        found = recommended(Products(index, user_BD, exclude_history), HISTORIES, k)
         for history, score_N, items in zip(HISTORIES, score_BN, found, strict=True):
             hidden = history if exclude_history else ()
             assert items == best(score_N, k, ELIGIBLE_N, hidden)
@@ -171,22 +177,11 @@ def test_a_short_catalog_gives_short_lists(num_eligible):
     assert [len(found) for found in recommended(ranker, [[9], [9]], 5)] == [num_eligible] * 2
 
 
-def test_nobody_gets_nothing():
-    empty = np.zeros(0, np.int32), np.zeros(0, np.int64), None, 3
-    model = SasrecModel(SasrecSettings(), NUM_ITEMS).eval()
-    for ranker in (
-        Popularity(EVENTS_N, ALL_N),
-        Neighbours(embeddings(), ALL_N),
-        Sasrec(model, CPU, eligible_N=ALL_N),
-    ):
-        assert ranker.recommend(*empty)[0].shape == (0, 3)
-
-
 def test_a_user_whose_best_items_are_all_in_a_long_history_gets_the_next_ones():
     score_N = -np.arange(200, dtype=np.float32)[:, None]
-    ranker = Products(Exact(torch.from_numpy(score_N), np.ones(200, bool)), np.ones((2, 1), np.float32))
+    ranker = Products(Exact(torch.from_numpy(score_N), np.ones(200, bool)), np.ones((2, 1), np.float32), True)
     histories = [[*range(150), *range(50)], [3]]
-    long, short = recommended(ranker, histories, 3, exclude_history=True)
+    long, short = recommended(ranker, histories, 3)
     assert [item for item, _ in long] == [150, 151, 152]
     assert [item for item, _ in short] == [0, 1, 2]
 
@@ -246,9 +241,9 @@ def test_lifted_items_are_equally_long_and_the_nearer_the_larger_their_inner_pro
 @pytest.mark.parametrize("build", [hnsw, partial(ivf_flat, num_lists=4, num_probes=4)])
 def test_an_approximate_index_leaves_out_histories_and_knows_short_catalogs(build, clustered):
     item_ND, user_BD = whole_numbers(NUM_ITEMS, seed=5), whole_numbers(len(HISTORIES), seed=1)
-    ranker = Products(build(item_ND, ELIGIBLE_N), user_BD)
+    ranker = Products(build(item_ND, ELIGIBLE_N), user_BD, exclude_history=True)
     for history, score_N, items in zip(
-        HISTORIES, user_BD @ item_ND.T, recommended(ranker, HISTORIES, 40, exclude_history=True), strict=True
+        HISTORIES, user_BD @ item_ND.T, recommended(ranker, HISTORIES, 40), strict=True
     ):
         assert items == best(score_N, 40, ELIGIBLE_N, history)
 
@@ -425,8 +420,8 @@ def test_sasrec_ranks_by_inner_product_and_takes_any_index():
     model = sasrec()
     score_BN = model.user_vectors(*joined(HISTORIES)) @ model.item.weight.detach().numpy().T
     for index in (None, Exact(model.item.weight, ELIGIBLE_N)):
-        ranker = Sasrec(model, CPU, eligible_N=ELIGIBLE_N, index=index)
-        found = recommended(ranker, HISTORIES, 10, exclude_history=True)
+        ranker = Sasrec(model, CPU, rules=Rules(ELIGIBLE_N, exclude_history=True), index=index)
+        found = recommended(ranker, HISTORIES, 10)
         for history, score_N, items in zip(HISTORIES, score_BN, found, strict=True):
             assert items == best(score_N, 10, ELIGIBLE_N, history)
 
@@ -544,13 +539,12 @@ def test_training_learns_that_the_next_item_is_the_previous_plus_one(loss):
     settings = SasrecSettings(loss=loss, d_model=16, d_ff=16, num_layers=1, dropout=0.1, max_history=5)
     model = SasrecModel(settings, 20)
     histories = cycles(20)
-    eligible_N = np.ones(20, bool)
+    rules = Rules(np.ones(20, bool))
     before, target = [history[:-2] for history in histories], [history[-2] for history in histories]
     validation = Validation(
-        *joined(before),
-        np.zeros(len(before), np.uint64),
+        Histories.of(before),
         np.array(target),
-        partial(Sasrec, eligible_N=eligible_N),
+        partial(Sasrec, rules=rules),
     )
     untrained = validation.metrics(model, CPU)
     assert untrained["ndcg@10"] < 0.6
@@ -560,7 +554,7 @@ def test_training_learns_that_the_next_item_is_the_previous_plus_one(loss):
     with torch.no_grad():
         for name, weight in progress.best.items():
             model.get_parameter(name).copy_(weight)
-    found = recommended(Sasrec(model.eval(), CPU, eligible_N=eligible_N), before, 1)
+    found = recommended(Sasrec(model.eval(), CPU, rules=rules), before, 1)
     assert np.mean([items[0][0] == item for items, item in zip(found, target, strict=True)]) > 0.9
 
 

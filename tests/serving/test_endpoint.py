@@ -38,11 +38,11 @@ from tiger_ray.errors import ArtifactError
 from tiger_ray.ids import semantic_ids
 from tiger_ray.model.t5 import TigerModel
 from tiger_ray.model.tokens import Vocabulary, pad_histories
+from tiger_ray.rankers.tiger import needs_user
 from tiger_ray.serving import app as serving
-from tiger_ray.serving import replica
 from tiger_ray.serving.app import Endpoint
 from tiger_ray.serving.http import Query, QueryReader, Refused
-from tiger_ray.serving.replica import Recommender
+from tiger_ray.serving.replica import Snapshot
 from tiger_ray.settings.model import ModelSettings
 from tiger_ray.settings.serving import ServingSettings
 from tiger_ray.settings.settings import Settings
@@ -74,10 +74,10 @@ class World(NamedTuple):
     def artifacts(self) -> tuple[Any, ...]:
         return (self.settings, self.storage, *self.manifests.values())
 
-    def recommender(self, **sections: dict[str, Any]) -> Recommender:
+    def snapshot(self, **sections: dict[str, Any]) -> Snapshot:
         updates = {name: getattr(self.settings, name).model_copy(update=v) for name, v in sections.items()}
         settings = self.settings.model_copy(update=updates)
-        return Recommender(self.storage, settings, *self.manifests.values())
+        return Snapshot(self.storage, settings, *self.manifests.values())
 
     def best(self, history: list[int], bucket: int | None = None) -> list[tuple[Any, float]]:
         """Every eligible item with its score, best first: the oracle."""
@@ -512,11 +512,11 @@ def test_reading_any_bytes_gives_a_query_or_an_error_that_is_json(body: bytes) -
 
 def test_integer_ids_and_user_tokens_are_served(tmp_path: Path) -> None:
     world = make_world(tmp_path, pa.int64(), num_user_buckets=5)
-    recommender = world.recommender()
+    snapshot = world.snapshot()
     history = [4, 9]
     users = [12345678901, 3]
     queries = [Query([world.item_ids[item] for item in history], 5, user) for user in users]
-    answers = recommender.answer(queries)
+    answers = snapshot.answer(queries)
     for user, answer in zip(users, answers, strict=True):
         bucket = int(stable_hash(pa.array([user]))[0] % 5)
         expected = world.best(history, bucket)[:5]
@@ -525,15 +525,15 @@ def test_integer_ids_and_user_tokens_are_served(tmp_path: Path) -> None:
 
 
 def test_a_draw_belongs_to_its_user_and_a_shorter_one_is_its_beginning(world: World) -> None:
-    recommender = world.recommender(decoding={"sample": True})
+    snapshot = world.snapshot(decoding={"sample": True})
     decoding = world.settings.decoding.model_copy(update={"sample": True})
     drawing = world.settings.model_copy(update={"decoding": decoding})
-    assert replica.needs_user(drawing, world.network.vocabulary)
-    assert not replica.needs_user(world.settings, world.network.vocabulary)
+    assert needs_user(world.network.vocabulary, drawing.decoding)
+    assert not needs_user(world.network.vocabulary, world.settings.decoding)
     history = [world.item_ids[4], world.item_ids[9]]
     users = [f"user-{number}" for number in range(20)]
-    drawn = recommender.answer([Query(history, 6, user) for user in users])
-    alone = [recommender.answer([Query(history, 3, user)])[0] for user in users]
+    drawn = snapshot.answer([Query(history, 6, user) for user in users])
+    alone = [snapshot.answer([Query(history, 3, user)])[0] for user in users]
     chosen = [[item["item_id"] for item in answer["items"]] for answer in drawn]
     best = [item_id for item_id, _ in world.best([4, 9])]
     assert len({tuple(items) for items in chosen}) > 10
@@ -541,7 +541,7 @@ def test_a_draw_belongs_to_its_user_and_a_shorter_one_is_its_beginning(world: Wo
     for items, few in zip(chosen, alone, strict=True):
         assert items == sorted(items, key=best.index)
         assert {item["item_id"] for item in few["items"]} < set(items)
-    other = Recommender(world.storage, drawing.model_copy(update={"seed": 1}), *world.manifests.values())
+    other = Snapshot(world.storage, drawing.model_copy(update={"seed": 1}), *world.manifests.values())
     assert other.answer([Query(history, 6, user) for user in users]) != drawn
     shorter = [[item["item_id"] for item in few["items"]] for few in alone]
     assert sum(few == items[:3] for items, few in zip(chosen, shorter, strict=True)) < 20
@@ -560,9 +560,9 @@ def test_a_model_with_user_tokens_needs_a_user_id_of_the_right_type() -> None:
 
 
 def test_an_excluded_history_is_the_reason_for_a_short_answer(world: World) -> None:
-    recommender = world.recommender(recommendations={"exclude_history": True})
+    snapshot = world.snapshot(recommendations={"exclude_history": True})
     history = [item for item in world.item_ids if world.item_ids.index(item) not in INELIGIBLE][:20]
-    (answer,) = recommender.answer([Query(history, 30, None)])
+    (answer,) = snapshot.answer([Query(history, 30, None)])
     assert len(answer["items"]) == 17
     assert not {item["item_id"] for item in answer["items"]} & set(history)
     assert answer["reason"] == "history_excluded"

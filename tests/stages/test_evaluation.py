@@ -14,6 +14,7 @@ from tiger_ray.artifacts.storage import Storage
 from tiger_ray.errors import DataError, TigerError
 from tiger_ray.evaluation.tally import sum_of
 from tiger_ray.published import evaluation as published_evaluation
+from tiger_ray.rankers.base import Found, Histories, Rules
 from tiger_ray.settings.evaluation import EvaluationSettings
 from tiger_ray.stages import evaluation as harness
 from tiger_ray.stages.evaluation import RankerSpec
@@ -32,29 +33,28 @@ EVENTS_N = np.array([3, 2, 2, 1, 4, 1, 1, 0, 0])
 
 
 class History:
-    """Recommends the history itself, newest first and with its repeats, whatever it is told."""
+    """Recommends the history itself, newest first and with its repeats, whatever the rules say."""
 
-    def recommend(
-        self,
-        item_index: np.ndarray,
-        lengths_B: np.ndarray,
-        user_hash_B: np.ndarray | None,
-        k: int,
-        *,
-        exclude_history: bool = False,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        found_BK = np.full((len(lengths_B), k), -1)
-        for user, history in enumerate(np.split(item_index, np.cumsum(lengths_B)[:-1])):
+    def __init__(self, rules: Rules) -> None:
+        pass
+
+    def recommend(self, histories: Histories, k: int) -> Found:
+        found_BK = np.full((len(histories), k), -1)
+        for user, history in enumerate(histories.lists()):
             shown = history[::-1][:k]
             found_BK[user, : len(shown)] = shown
-        return found_BK, np.where(found_BK < 0, -np.inf, -np.arange(k, dtype=np.float64)).astype(np.float32)
+        score_BK = np.where(found_BK < 0, -np.inf, -np.arange(k, dtype=np.float64))
+        return Found.of(found_BK, score_BK.astype(np.float32))
 
 
 class Nothing:
     """Has no item for anybody."""
 
-    def recommend(self, item_index, lengths_B, user_hash_B, k, *, exclude_history=False):
-        return np.full((len(lengths_B), k), -1), np.full((len(lengths_B), k), -np.inf, np.float32)
+    def __init__(self, rules: Rules) -> None:
+        pass
+
+    def recommend(self, histories: Histories, k: int) -> Found:
+        return Found.nothing(len(histories), k)
 
 
 def lists_of(

@@ -15,7 +15,9 @@ from tiger_ray.artifacts.storage import Storage
 from tiger_ray.model.t5 import TigerModel
 from tiger_ray.model.tokens import Vocabulary
 from tiger_ray.published.sequences import load_validation
-from tiger_ray.rankers.tiger import BeamRanker
+from tiger_ray.rankers.base import Rules
+from tiger_ray.rankers.tiger import VALIDATION_BEAM_WIDTH, TigerRanker
+from tiger_ray.settings.decoding import DecodingSettings
 from tiger_ray.settings.model import ModelSettings
 
 LEVEL_SIZES = (4, 4, 3)
@@ -58,7 +60,12 @@ def loaded(sequences, num_users=10**6, rank=0, world_size=1):
     return load_validation(
         *sequences,
         num_users,
-        partial(BeamRanker, codes_NI=CODES_NI, eligible_N=ELIGIBLE_N, precision="fp32"),
+        partial(
+            TigerRanker,
+            codes_NI=CODES_NI,
+            rules=Rules(ELIGIBLE_N),
+            decoding=DecodingSettings(beam_width=VALIDATION_BEAM_WIDTH),
+        ),
         holdout="leave_one_out",
         rank=rank,
         world_size=world_size,
@@ -69,10 +76,11 @@ def users_of(*parts):
     """(hash, events read, target) of each user, sorted."""
     found = []
     for part in parts:
-        reads = np.split(part.item_E, np.cumsum(part.lengths_B)[:-1]) if len(part.lengths_B) else []
         found += [
-            (int(user), read.tolist(), int(target))
-            for user, read, target in zip(part.user_hash_B, reads, part.target_B, strict=True)
+            (int(user), read, int(target))
+            for user, read, target in zip(
+                part.histories.user_hash_B, part.histories.lists(), part.target_B, strict=True
+            )
         ]
     return sorted(found)
 

@@ -14,7 +14,7 @@ from tiger_ray.core.arrays import ranges
 from tiger_ray.core.hashing import splitmix64
 from tiger_ray.data.histories import columns_for, cuts_of, user_shards
 from tiger_ray.errors import DataError
-from tiger_ray.rankers.base import Ranker
+from tiger_ray.rankers.base import Histories, Ranker
 from tiger_ray.training.examples import Corpus, Examples
 from tiger_ray.training.validation import Validation
 
@@ -127,9 +127,7 @@ def load_validation(
         if not missing:
             break
     return Validation(
-        np.concatenate(items),
-        np.concatenate(lengths),
-        np.concatenate(hashes),
+        Histories(np.concatenate(items), np.concatenate(lengths), np.concatenate(hashes)),
         np.concatenate(targets),
         make_ranker,
     )

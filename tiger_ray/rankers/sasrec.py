@@ -1,7 +1,4 @@
-"""SASRec as a ranker: the state of a history's last event against all item embeddings.
-
-B histories, K items each.
-"""
+"""SASRec as a ranker: the state of a history's last event against all item embeddings."""
 
 from __future__ import annotations
 
@@ -10,48 +7,40 @@ import numpy.typing as npt
 import torch
 
 from tiger_ray.model.sasrec import SasrecModel
-from tiger_ray.rankers.base import Lists, without_newest
+from tiger_ray.rankers.base import Found, Histories, Lists, Rules, for_known, without_newest
 from tiger_ray.rankers.index import Exact, Index
 
 
 class Sasrec:
-    """Ranks by inner products with the weights that a model has now."""
+    """Ranks by inner products with the weights that the model has now. A user without history gets no item."""
 
     def __init__(
         self,
         model: SasrecModel,
-        device: torch.device,
+        device: torch.device | str,
         *,
-        eligible_N: npt.NDArray[np.bool_],
+        rules: Rules,
         index: Index | None = None,
     ) -> None:
         """Get ready to rank.
 
         Args:
             model: in evaluation mode.
-            device: where it is.
-            eligible_N: may the item be recommended, (N,) bool.
-            index: of the model's item vectors; None: compare with every item.
+            device: where the model is.
+            rules: what may come out.
+            index: of the model's item vectors, eligible items only; None: compare with every eligible item.
         """
-        self._model = model
-        self._index = index or Exact(model.item.weight, eligible_N, device)
+        self._model, self._exclude_history = model, rules.exclude_history
+        self._index = index or Exact(model.item.weight, rules.eligible_N, device)
 
-    def recommend(
-        self,
-        item_index: npt.NDArray[np.int32],
-        lengths_B: npt.NDArray[np.int64],
-        user_hash_B: npt.NDArray[np.uint64] | None,
-        k: int,
-        *,
-        exclude_history: bool = False,
-    ) -> Lists:
-        """As `rankers.Ranker.recommend`; scores are inner products."""
-        user_BD = self._model.user_vectors(item_index, lengths_B)
-        excluded_B = lengths_B if exclude_history else np.zeros_like(lengths_B)
-        return without_newest(
-            lambda user_b, count: self._index.search(user_BD[user_b], count),
-            item_index,
-            lengths_B,
-            excluded_B,
-            k,
-        )
+    def recommend(self, histories: Histories, k: int) -> Found:
+        """As `Ranker.recommend`; scores are inner products."""
+        return for_known(histories, k, lambda known: self._recommend(known, k))
+
+    def _recommend(self, histories: Histories, k: int) -> Found:
+        user_BD = self._model.user_vectors(histories.item_index_E, histories.lengths_B)
+
+        def search(user_b: npt.NDArray[np.int64], count: int) -> Lists:
+            return self._index.search(user_BD[user_b], count)
+
+        return without_newest(search, histories, histories.lengths_B * self._exclude_history, k)

@@ -1,53 +1,90 @@
-"""TIGER as a ranker: beam search over Semantic IDs.
+"""TIGER as a ranker: constrained beam search over Semantic IDs.
 
-B histories, K items each.
+N items, I id_length, B users.
 """
 
 from __future__ import annotations
-
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from tiger_ray.core.hashing import splitmix64
 from tiger_ray.decoding.decoder import Decoder
 from tiger_ray.model.t5 import TigerModel
-from tiger_ray.model.tokens import user_buckets
+from tiger_ray.model.tokens import Vocabulary, user_buckets
+from tiger_ray.rankers.base import Found, Histories, Rules, for_known
 from tiger_ray.settings.decoding import DecodingSettings
 
-BEAM_WIDTH = 20
+VALIDATION_BEAM_WIDTH = 20
+"""Beams of a model that is judged while it is trained."""
 
 
-class BeamRanker:
-    """Ranks by beam search with the weights that a model has now."""
+class TigerRanker:
+    """Ranks by beam search with the weights that the model has when the ranker is built.
+
+    The night, the validation, the evaluation and the endpoint all rank with this class. A user without history gets
+    no item.
+    """
 
     def __init__(
         self,
         model: TigerModel,
-        device: torch.device,
+        device: torch.device | str,
         *,
         codes_NI: npt.NDArray[np.int16],
-        eligible_N: npt.NDArray[np.bool_],
-        precision: Literal["fp32", "bf16"],
+        rules: Rules,
+        decoding: DecodingSettings,
+        seed: int = 0,
     ) -> None:
-        """Get ready to decode: Semantic IDs, (N, I) int16, and what may be recommended, (N,) bool."""
-        settings = DecodingSettings(beam_width=BEAM_WIDTH, precision=precision)
-        self._decoder = Decoder(model, codes_NI, eligible_N, settings, device)
-        self._vocabulary = model.vocabulary
+        """Build the trie of the eligible items, and get ready to decode.
 
-    def recommend(
-        self,
-        item_index: npt.NDArray[np.int32],
-        lengths_B: npt.NDArray[np.int64],
-        user_hash_B: npt.NDArray[np.uint64] | None,
-        k: int,
-        *,
-        exclude_history: bool = False,
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """As `Ranker.recommend`."""
-        buckets_B = None
-        if self._vocabulary.num_user_buckets:
-            assert user_hash_B is not None
-            buckets_B = user_buckets(user_hash_B, self._vocabulary)
-        return self._decoder.recommend(item_index, lengths_B, buckets_B, k, exclude_history=exclude_history)
+        Args:
+            model: in evaluation mode; trained on the ID space of `codes_NI`.
+            device: where to decode.
+            codes_NI: Semantic IDs by item_index, (N, I) int16.
+            rules: what may come out.
+            decoding: beam width, precision, batch size, and whether items are drawn.
+            seed: of the draws.
+
+        Raises:
+            ArtifactError: model and Semantic IDs belong to different ID spaces.
+            DataError: no item is eligible.
+        """
+        self._decoder = Decoder(model, codes_NI, rules.eligible_N, decoding, device)
+        self._exclude_history = rules.exclude_history
+        self._decoding, self._seed = decoding, seed
+        self.vocabulary = model.vocabulary
+
+    def recommend(self, histories: Histories, k: int) -> Found:
+        """As `Ranker.recommend`; scores are natural log probabilities.
+
+        Raises:
+            ValueError: `k` is more than the beam width.
+        """
+        return for_known(histories, k, lambda known: self._recommend(known, k))
+
+    def _recommend(self, histories: Histories, k: int) -> Found:
+        hash_B, buckets_B, seed_B = histories.user_hash_B, None, None
+        if needs_user(self.vocabulary, self._decoding):
+            assert hash_B is not None, "this model tells users apart: histories need user_hash_B"
+            if self.vocabulary.num_user_buckets:
+                buckets_B = user_buckets(hash_B, self.vocabulary)
+            if self._decoding.sample:
+                # mixed, because shards and user buckets follow from the hash itself
+                seed_B = splitmix64(hash_B, self._seed).view(np.int64)
+        return Found.of(
+            *self._decoder.recommend(
+                histories.item_index_E,
+                histories.lengths_B,
+                buckets_B,
+                k,
+                exclude_history=self._exclude_history,
+                seed_B=seed_B,
+            )
+        )
+
+
+def needs_user(vocabulary: Vocabulary, decoding: DecodingSettings) -> bool:
+    """Does a list depend on who the user is: by a user token, or by a draw of the user's own?"""
+    return vocabulary.num_user_buckets > 0 or decoding.sample

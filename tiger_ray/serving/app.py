@@ -41,8 +41,9 @@ from tiger_ray.artifacts.storage import Storage
 from tiger_ray.cluster.connect import connect
 from tiger_ray.errors import TigerError
 from tiger_ray.published.model import load_model
+from tiger_ray.rankers.tiger import needs_user
 from tiger_ray.serving.http import MAX_BODY_BYTES, RETRY_AFTER_S, STATUS_CODES, QueryReader, Refused
-from tiger_ray.serving.replica import NO_DECODER, Decoder, needs_user, versions_of
+from tiger_ray.serving.replica import NO_DECODER, Replica, versions_of
 from tiger_ray.settings.serving import ServingSettings
 from tiger_ray.settings.settings import Settings
 
@@ -128,7 +129,7 @@ def application(
         "max_constructor_retry_count": 3,
     }
     ongoing = 2 * serving.max_batch_size
-    decoder = serve.deployment(Decoder).options(
+    decoder = serve.deployment(Replica).options(
         max_ongoing_requests=ongoing,
         max_queued_requests=serving.max_queued_requests,
         ray_actor_options={"num_gpus": 1} if decoding.use_gpu else {"num_cpus": decoding.cpus_per_worker},
@@ -146,7 +147,7 @@ def application(
     reader = {
         "item_id_type": semantic_ids.metadata["item_id_type"],
         "user_id_type": sequences.metadata["user_id_type"],
-        "needs_user": needs_user(settings, vocabulary),
+        "needs_user": needs_user(vocabulary, decoding),
     }
     return endpoint.bind(
         serving,

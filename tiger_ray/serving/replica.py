@@ -1,4 +1,7 @@
-"""One replica of the endpoint: the artifacts of a night, loaded once, and the decoder beside them."""
+"""One replica of the endpoint: the ranker of a night, opened once, and the answers it gives.
+
+B queries of a batch, E history items of all queries.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +16,22 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from tiger_ray.artifacts import schemas
 from tiger_ray.artifacts.manifest import Manifest
 from tiger_ray.artifacts.storage import Storage
-from tiger_ray.core.arrays import best_first
 from tiger_ray.core.hashing import stable_hash
 from tiger_ray.errors import ArtifactError
-from tiger_ray.model.tokens import Vocabulary
-from tiger_ray.published.scorer import Scorer
-from tiger_ray.rankers.fallback import FALLBACK, GENERATED
+from tiger_ray.published.ranker import open_ranker
+from tiger_ray.rankers.base import FALLBACK, NO_ITEM, Found, Histories
+from tiger_ray.rankers.tiger import needs_user
 from tiger_ray.serving.http import REASONS, Query
 from tiger_ray.settings.settings import Settings
 
 NO_DECODER = (DeploymentUnavailableError, RayActorError)
 
 
-class Recommender:
-    """Queries to answers in one process; no Ray in here."""
+class Snapshot:
+    """The ranker of one night, which turns queries into answers. It uses no Ray."""
 
     def __init__(
         self,
@@ -40,28 +43,25 @@ class Recommender:
     ) -> None:
         self.versions = versions_of(settings, model, semantic_ids)
         self._max_k = settings.serving.max_k
-        self._exclude_history = settings.recommendations.exclude_history
-        self._scorer = Scorer(storage, settings, model, semantic_ids, sequences)
-        self._needs_user = needs_user(settings, self._scorer.vocabulary)
+        self._ranker, self._ids, vocabulary = open_ranker(storage, settings, model, semantic_ids, sequences)
+        self._needs_user = needs_user(vocabulary, settings.decoding)
         # a hash table that is built once; `SemanticIds.lookup` would build one for every batch
-        self._items = pd.Index(self._scorer.ids.item_id.to_pandas())
+        self._items = pd.Index(self._ids.item_id.to_pandas())
         self._items.get_indexer(self._items[:1])  # here, or the first requests would wait for it
         self._user_id_type = pa.type_for_alias(sequences.metadata["user_id_type"])
-        self._popular = self._scorer.most_popular(self._max_k)
         self.check()
 
     def check(self) -> None:
-        """Decode one history, to be sure that it works.
+        """Recommend after a history of one item, to be sure that the model works.
 
         Raises:
             ArtifactError: nothing, or not a number, came out.
         """
-        item = np.flatnonzero(self._scorer.ids.eligible_N)[:1].astype(np.int32)
-        found_1K, score_1K = self._scorer.recommend(
-            item, np.ones(1, np.int64), np.zeros(1, np.uint64), self._max_k
-        )
-        if found_1K[0, 0] < 0 or not np.isfinite(score_1K[0, 0]):
-            raise ArtifactError(f"the model recommends nothing after item_index {item[0]} ({self.versions})")
+        # an item that may not be recommended, if there is one, so that an excluded history takes nothing away
+        item = int(np.argmin(self._ids.eligible_N))
+        found = self._ranker.recommend(Histories.of([[item]], np.zeros(1, np.uint64)), self._max_k)
+        if found.item_BK[0, 0] == NO_ITEM or not np.isfinite(found.score_BK[0, 0]):
+            raise ArtifactError(f"the model recommends nothing after item_index {item} ({self.versions})")
 
     def answer(self, queries: Sequence[Query]) -> list[dict[str, Any]]:
         """One answer per query, ready for JSON; in fp32 it does not depend on the others of the batch."""
@@ -72,54 +72,38 @@ class Recommender:
         known_E = item_index >= 0
         lengths_B = np.bincount(user_E[known_E], minlength=len(queries)).astype(np.int64)
         unknown_B = np.bincount(user_E[~known_E], minlength=len(queries))
-        generated_B = lengths_B > 0
-        found_BK = np.full((len(queries), self._max_k), -1, np.int64)
-        score_BK = np.full(found_BK.shape, -np.inf, np.float32)
-        if generated_B.any():
-            # always for the largest k, so that a batch may mix them
-            found_BK[generated_B], score_BK[generated_B] = self._scorer.recommend(
-                item_index[known_E].astype(np.int32),
-                lengths_B[generated_B],
-                self._user_hash(queries)[generated_B],
-                self._max_k,
-                exclude_history=self._exclude_history,
-            )
-        popular_K, share_K = self._popular
-        found_BK[~generated_B, : len(popular_K)] = popular_K
-        score_BK[~generated_B, : len(popular_K)] = share_K
+        histories = Histories(item_index[known_E].astype(np.int32), lengths_B, self._user_hash(queries))
+        # The ranker is asked for the largest k, so that a batch may mix them.
+        found = self._ranker.recommend(histories, self._max_k)
         return [
-            self._answer(
-                query.k, found_BK[user], score_BK[user], bool(generated_B[user]), int(unknown_B[user])
-            )
+            self._answer(found.take([user]).first(query.k).best_first(), int(unknown_B[user]))
             for user, query in enumerate(queries)
         ]
 
-    def _answer(
-        self,
-        k: int,
-        found_K: npt.NDArray[np.int64],
-        score_K: npt.NDArray[np.float32],
-        generated: bool,
-        unknown: int,
-    ) -> dict[str, Any]:
-        ids = self._scorer.ids
-        (found_k,), (score_k,) = best_first(found_K[None, :k], score_K[None, :k])
-        item_index = found_k[found_k >= 0]
+    def _answer(self, found: Found, unknown: int) -> dict[str, Any]:
+        """The answer to one query.
+
+        Args:
+            found: k slots for one user.
+            unknown: items of the history that are not known.
+        """
+        ids, source, k = self._ids, int(found.source_BK[0, 0]), found.item_BK.shape[1]
+        item_index = found.item_BK[found.item_BK != NO_ITEM]
         columns = [
             ids.item_ids(item_index).to_pylist(),
-            score_k.tolist(),
+            found.score_BK[0].tolist(),
             ids.codes_NI[item_index].tolist(),
         ]
         names = ("item_id", "score", "semantic_id")
         answer = {
             "items": [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=False)],
-            "source": GENERATED if generated else FALLBACK,
+            "source": schemas.SOURCES[source],
             "unknown_items": unknown,
             **self.versions,
         }
         if len(item_index) < k:
             few_eligible = int(ids.eligible_N.sum()) < k
-            answer["reason"] = REASONS[0] if few_eligible else REASONS[1] if generated else REASONS[2]
+            answer["reason"] = REASONS[0] if few_eligible else REASONS[2 if source == FALLBACK else 1]
         return answer
 
     def _user_hash(self, queries: Sequence[Query]) -> npt.NDArray[np.uint64]:
@@ -128,8 +112,8 @@ class Recommender:
         return stable_hash(pa.array([query.user_id for query in queries], self._user_id_type))
 
 
-class Decoder:
-    """A replica that decodes requests in batches."""
+class Replica:
+    """A replica of the endpoint's deployment that answers queries in batches."""
 
     def __init__(
         self,
@@ -139,27 +123,22 @@ class Decoder:
         semantic_ids: Manifest,
         sequences: Manifest,
     ) -> None:
-        self._recommender = Recommender(storage, settings, model, semantic_ids, sequences)
+        self._snapshot = Snapshot(storage, settings, model, semantic_ids, sequences)
         self.answer.set_max_batch_size(settings.serving.max_batch_size)
         self.answer.set_batch_wait_timeout_s(settings.serving.batch_wait_s)
 
     @serve.batch  # type: ignore[untyped-decorator]
     async def answer(self, queries: list[Query]) -> list[dict[str, Any]]:
         """Answers to the queries of one batch."""
-        return self._recommender.answer(queries)
+        return self._snapshot.answer(queries)
 
     async def versions(self) -> dict[str, str]:
         """What this replica serves."""
-        return self._recommender.versions
+        return self._snapshot.versions
 
     async def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises."""
-        self._recommender.check()
-
-
-def needs_user(settings: Settings, vocabulary: Vocabulary) -> bool:
-    """Does an answer depend on who asks: by a user token, or by a draw of the user's own?"""
-    return vocabulary.num_user_buckets > 0 or settings.decoding.sample
+        self._snapshot.check()
 
 
 def versions_of(settings: Settings, model: Manifest, semantic_ids: Manifest) -> dict[str, str]:

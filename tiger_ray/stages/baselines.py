@@ -24,6 +24,7 @@ from tiger_ray.data.histories import require_holdout
 from tiger_ray.errors import DataError
 from tiger_ray.model.sasrec import SasrecModel
 from tiger_ray.published.semantic_ids import load_semantic_ids
+from tiger_ray.rankers.base import Rules
 from tiger_ray.rankers.index import hnsw, ivf_flat
 from tiger_ray.rankers.neighbours import Neighbours
 from tiger_ray.rankers.popularity import Popularity
@@ -83,7 +84,7 @@ def _popularity(
         "popularity",
         "most events that training saw",
         make=make_popularity,
-        arguments={"storage": storage, "semantic_ids": semantic_ids},
+        arguments={},
         inputs={},
         sections={},
         use_gpu=False,
@@ -91,9 +92,9 @@ def _popularity(
     )
 
 
-def make_popularity(storage: Storage, semantic_ids: Manifest, events_N: npt.NDArray[np.int64]) -> Popularity:
+def make_popularity(rules: Rules, events_N: npt.NDArray[np.int64]) -> Popularity:
     """Popularity by the events that training may see, (N,) int64."""
-    return Popularity(events_N, load_semantic_ids(storage, semantic_ids).eligible_N)
+    return Popularity(events_N, rules)
 
 
 def _neighbours(
@@ -123,9 +124,17 @@ def encoder_name(embeddings: Manifest) -> str:
 
 
 def make_neighbours(
-    storage: Storage, semantic_ids: Manifest, embeddings: Manifest, device: str
+    storage: Storage, semantic_ids: Manifest, embeddings: Manifest, device: str, rules: Rules
 ) -> Neighbours:
-    """Neighbours among all items, whose embeddings are in memory twice: 8 N D bytes, and 12 while it is built."""
+    """Neighbours among all items; the embeddings are in memory twice, 8 N D bytes, and 12 N D while they are read.
+
+    Args:
+        storage: where the artifacts are.
+        semantic_ids: manifest of the Semantic IDs, whose registry numbers the items.
+        embeddings: manifest of the embeddings.
+        device: where to compare, `cpu` or `cuda`.
+        rules: what may come out.
+    """
     ids = load_semantic_ids(storage, semantic_ids)
     embedding_ND: npt.NDArray[np.float32] = np.zeros((len(ids), int(embeddings.metadata["dim"])), np.float32)
     columns = [
@@ -140,7 +149,7 @@ def make_neighbours(
         index = index_N[first : first + len(embedding)]
         embedding_ND[index[index >= 0]] = matrix_of(embedding)[index >= 0]
         first += len(embedding)
-    return Neighbours(embedding_ND, ids.eligible_N, device)
+    return Neighbours(embedding_ND, rules, device)
 
 
 def _sasrec(
@@ -154,7 +163,7 @@ def _sasrec(
         variant(settings.sasrec) + ("" if index == "exact" else f"-{index}"),
         {"exact": "inner products with all items"}.get(index, f"inner products, FAISS {index}"),
         make=make_sasrec,
-        arguments={"storage": storage, "settings": settings, "semantic_ids": semantic_ids, "model": trained},
+        arguments={"storage": storage, "settings": settings, "model": trained},
         inputs={"model": trained},
         sections={"baseline": settings.baseline},
         more={"model_history": settings.sasrec.max_history},
@@ -207,17 +216,23 @@ def make_sasrec_spec(settings: Settings, storage: Storage, semantic_ids: Manifes
     return TrainSpec(
         model,
         sasrec_collate(model),
-        partial(Sasrec, eligible_N=ids.eligible_N),
+        partial(Sasrec, rules=Rules(ids.eligible_N)),
         settings.sasrec.max_history,
     )
 
 
-def make_sasrec(storage: Storage, settings: Settings, semantic_ids: Manifest, model: Manifest) -> Sasrec:
-    """The published SASRec with its index."""
+def make_sasrec(storage: Storage, settings: Settings, model: Manifest, rules: Rules) -> Sasrec:
+    """The published SASRec with its index.
+
+    Args:
+        storage: where the artifacts are.
+        settings: sections `decoding` and `baseline`.
+        model: manifest of the SASRec model.
+        rules: what may come out.
+    """
     decoding = settings.decoding
     if not decoding.use_gpu:
         torch.set_num_threads(max(1, int(decoding.cpus_per_worker)))
-    ids = load_semantic_ids(storage, semantic_ids)
     trained = SasrecModel.from_files({name: storage.read_file(model, name) for name in MODEL_FILES})
     indexes: Mapping[str, Any] = {"ivf": ivf_flat, "hnsw": hnsw}
     make_index = indexes.get(settings.baseline.index)
@@ -225,6 +240,6 @@ def make_sasrec(storage: Storage, settings: Settings, semantic_ids: Manifest, mo
     return Sasrec(
         trained.to("cuda" if decoding.use_gpu else "cpu"),
         torch.device("cuda" if decoding.use_gpu else "cpu"),
-        eligible_N=ids.eligible_N,
-        index=make_index(item_ND, ids.eligible_N) if make_index else None,
+        rules=rules,
+        index=make_index(item_ND, rules.eligible_N) if make_index else None,
     )

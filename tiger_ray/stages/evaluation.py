@@ -25,16 +25,16 @@ from tiger_ray.artifacts.manifest import FileEntry, Manifest
 from tiger_ray.artifacts.objects import Objects
 from tiger_ray.artifacts.run import Run
 from tiger_ray.cluster.shards import map_shards, plain_errors
-from tiger_ray.core.arrays import best_first, ranges
+from tiger_ray.core.arrays import ranges
 from tiger_ray.core.hashing import splitmix64
 from tiger_ray.data.histories import columns_for, cuts_of, require_holdout, seen_events, user_shards
 from tiger_ray.errors import ArtifactError, DataError, TigerError
 from tiger_ray.evaluation import metrics
 from tiger_ray.evaluation.tally import Tally, metrics_of, sum_of, tally_of
 from tiger_ray.published.evaluation import METRICS_FILE
-from tiger_ray.published.scorer import Scorer
+from tiger_ray.published.ranker import open_tiger
 from tiger_ray.published.semantic_ids import load_semantic_ids
-from tiger_ray.rankers.base import Ranker
+from tiger_ray.rankers.base import Found, Histories, Ranker, Rules
 from tiger_ray.rankers.popularity import Popularity
 from tiger_ray.settings.base import Section
 from tiger_ray.settings.settings import Settings
@@ -52,9 +52,9 @@ class RankerSpec:
     """A ranker that is to be evaluated, and how to make it in another process."""
 
     make: Callable[..., Ranker]
-    """Called once per actor."""
+    """Makes the ranker, once per actor; is given `rules` beside its arguments."""
     arguments: Mapping[str, Any]
-    """Its keyword arguments; object references are resolved."""
+    """Keyword arguments of `make`; object references are resolved."""
     ranking: Mapping[str, Any]
     """How it ranks, in words and numbers: part of the protocol."""
     holdout: str
@@ -82,11 +82,11 @@ def tiger(context: Context) -> RankerSpec:
     settings, model = context.settings, context.inputs["model"]
     decoding = settings.decoding
     return RankerSpec(
-        make=Scorer,
+        make=open_tiger,
         arguments={
             "storage": context.storage,
             "settings": settings,
-            **{name: context.inputs[name] for name in ("model", "semantic_ids", "sequences")},
+            **{name: context.inputs[name] for name in ("model", "semantic_ids")},
         },
         ranking={
             "ranking": "full, item level, constrained beam search",
@@ -256,9 +256,10 @@ class _RankShard:
         self._run, self._settings, self._sequences = run, settings.evaluation, inputs["sequences"]
         self._holdout, self._share, self._training_events_N = spec.holdout, share, training_events_N
         events = {"events_N": training_events_N} if spec.reads_events else {}
-        self._ranker, self._artifact = spec.make(**ranker_arguments, **events), spec.artifact
         eligible_N = load_semantic_ids(run.storage, inputs["semantic_ids"]).eligible_N
-        self._popularity = Popularity(training_events_N, eligible_N)
+        rules = Rules(eligible_N, settings.evaluation.exclude_history)
+        self._ranker, self._artifact = spec.make(**ranker_arguments, **events, rules=rules), spec.artifact
+        self._popularity = Popularity(training_events_N, rules)
 
     def __call__(self, shard: FileEntry) -> FileEntry:
         settings = self._settings
@@ -275,43 +276,31 @@ class _RankShard:
         if settings.unseen_targets == "drop":
             kept_B[kept_B] = self._training_events_N[item_index[(first_B + length_B)[kept_B]]] > 0
         first_B, length_B = first_B[kept_B], length_B[kept_B]
-        user_hash_B = user_hash_B[kept_B]
         target_B = item_index[first_B + length_B].astype(np.int64)
-        item_E = item_index[ranges(first_B, length_B)]
-        repeated_B = metrics.targets_in_history(item_E, length_B, target_B)
+        histories = Histories(item_index[ranges(first_B, length_B)], length_B, user_hash_B[kept_B])
+        repeated_B = metrics.targets_in_history(histories.item_index_E, length_B, target_B)
         if settings.max_history is not None:
-            read_B = np.minimum(length_B, settings.max_history)
-            item_E = item_index[ranges(first_B + length_B - read_B, read_B)]
-            length_B = read_B
+            histories = histories.newest(settings.max_history)
         top = max(settings.ks)
-        found_BP = popular_BP = np.zeros((0, top), np.int64)
-        if len(target_B):
-            found_BP, popular_BP = (
-                best_first(
-                    *ranker.recommend(
-                        item_E, length_B, user_hash_B, top, exclude_history=settings.exclude_history
-                    )
-                )[0]
-                for ranker in (self._ranker, self._popularity)
-            )
+        found = self._ranker.recommend(histories, top).best_first()
         if settings.exclude_history:
-            self._require_masked(found_BP, item_E, length_B)
-        popular_rank_B = np.minimum(metrics.ranks(popular_BP, target_B), top + 1)
-        columns = [user_hash_B, target_B, length_B, repeated_B, popular_rank_B]
+            self._require_masked(found, histories)
+        popular = self._popularity.recommend(histories, top)
+        popular_rank_B = np.minimum(metrics.ranks(popular.item_BK, target_B), top + 1)
+        columns = [histories.user_hash_B, target_B, histories.lengths_B, repeated_B, popular_rank_B]
         arrays = [pa.array(column) for column in columns]
-        arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(found_BP.ravel().astype(np.int32)), top))
+        items = pa.array(found.item_BK.ravel().astype(np.int32))
+        arrays.append(pa.FixedSizeListArray.from_arrays(items, top))
         schema = schemas.ranked_lists(top)
         return self._run.write_table(shard.name, pa.table(arrays, names=schema.names).cast(schema))
 
-    def _require_masked(
-        self,
-        found_BP: npt.NDArray[np.int64],
-        item_E: npt.NDArray[np.int32],
-        length_B: npt.NDArray[np.int64],
-    ) -> None:
-        """Refuse lists that show a history which they were told to mask: they would not be what the protocol says."""
-        row_B = np.arange(len(length_B), dtype=np.int64) << 32
-        shown_BP = np.isin(found_BP + row_B[:, None], item_E + np.repeat(row_B, length_B))
+    def _require_masked(self, found: Found, histories: Histories) -> None:
+        """Refuse lists that show items of the history although the protocol says that the history is masked."""
+        length_B = histories.lengths_B
+        row_B = np.arange(len(histories), dtype=np.int64) << 32
+        shown_BP = np.isin(
+            found.item_BK + row_B[:, None], histories.item_index_E + np.repeat(row_B, length_B)
+        )
         if shown_BP.any():
             raise TigerError(
                 f"{self._artifact}: {shown_BP.sum():,} items of their histories came out for {shown_BP.any(1).sum():,} of "

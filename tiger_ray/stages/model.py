@@ -36,7 +36,9 @@ from tiger_ray.model.tokens import Vocabulary
 from tiger_ray.published.model import WARM_START_DAYS, last_model, load_model
 from tiger_ray.published.semantic_ids import load_semantic_ids
 from tiger_ray.published.sequences import load_validation, open_examples
-from tiger_ray.rankers.tiger import BeamRanker
+from tiger_ray.rankers.base import Rules
+from tiger_ray.rankers.tiger import VALIDATION_BEAM_WIDTH, TigerRanker
+from tiger_ray.settings.decoding import DecodingSettings
 from tiger_ray.settings.settings import Settings
 from tiger_ray.stages.stage import Computed, Context, Stage
 from tiger_ray.training.checkpoints import JUDGED_BY, STATE_FILE, Progress, load_state, save_state
@@ -113,10 +115,10 @@ def make_tiger_spec(
         # into a model of tonight's settings: dropout and the length of histories may be others
         model.load_state_dict(load_model(storage, warm_start, semantic_ids).state_dict())
     make_ranker = partial(
-        BeamRanker,
+        TigerRanker,
         codes_NI=ids.codes_NI,
-        eligible_N=ids.eligible_N,
-        precision=settings.training.precision,
+        rules=Rules(ids.eligible_N),
+        decoding=DecodingSettings(beam_width=VALIDATION_BEAM_WIDTH, precision=settings.training.precision),
     )
     return TrainSpec(
         model,

@@ -1,7 +1,6 @@
 """Stage `recommendations`: users -> top-K rows in Parquet.
 
-Each Ray Data actor holds model, Semantic IDs and trie, and turns one shard of users into one file. A user
-without history gets the most popular items instead, marked `fallback`.
+Each Ray Data actor holds the night's ranker, and turns one shard of users into one file.
 
 B users of a shard, K items per user, I id_length.
 """
@@ -11,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from tiger_ray.artifacts import schemas
@@ -20,13 +18,13 @@ from tiger_ray.artifacts.manifest import FileEntry, Manifest
 from tiger_ray.artifacts.run import Run
 from tiger_ray.artifacts.storage import Storage
 from tiger_ray.cluster.shards import map_shards
-from tiger_ray.core.arrays import best_first, ranges
+from tiger_ray.core.arrays import ranges
 from tiger_ray.core.hashing import fingerprint
 from tiger_ray.data.histories import user_shards
 from tiger_ray.errors import ArtifactError
 from tiger_ray.published.evaluation import evaluation_of
-from tiger_ray.published.scorer import Scorer
-from tiger_ray.rankers.fallback import FALLBACK, GENERATED
+from tiger_ray.published.ranker import open_ranker
+from tiger_ray.rankers.base import FALLBACK, NO_ITEM, Found, Histories
 from tiger_ray.settings.recommendations import RecommendationsSettings
 from tiger_ray.settings.settings import Settings
 from tiger_ray.stages.gate import require_evaluated
@@ -163,59 +161,34 @@ class _ScoreShard:
         self, run: Run, storage: Storage, settings: Settings, inputs: Mapping[str, Manifest]
     ) -> None:
         self._run, self._storage, self._settings, self._inputs = run, storage, settings, inputs
-        self._scorer = Scorer(storage, settings, **inputs)
+        self._ranker, self._ids, _ = open_ranker(storage, settings, **inputs)
 
     def __call__(self, shard: FileEntry) -> FileEntry:
         settings = self._settings.recommendations
         users = self._storage.read_table(self._inputs["sequences"], shard.name).combine_chunks()
-        item_index, lengths_B = _histories(users)
-        known_B = lengths_B > 0
-        found_BK = np.full((len(lengths_B), settings.top_k), -1, np.int64)
-        score_BK = np.full(found_BK.shape, -np.inf, np.float32)
-        if known_B.any():
-            found_BK[known_B], score_BK[known_B] = best_first(
-                *self._scorer.recommend(
-                    item_index,
-                    lengths_B[known_B],
-                    users.column("user_hash").to_numpy()[known_B],
-                    settings.top_k,
-                    exclude_history=settings.exclude_history,
-                )
-            )
-        popular_K, share_K = self._scorer.most_popular(settings.top_k)
-        found_BK[~known_B, : len(popular_K)] = popular_K
-        score_BK[~known_B, : len(popular_K)] = share_K
-
+        found = self._ranker.recommend(_histories(users), settings.top_k).best_first()
         step = max(SLOTS // settings.top_k, 1)
-        parts = [slice(start, start + step) for start in range(0, max(len(lengths_B), 1), step)]
         user_id = users.column("user_id")
-        table = pa.concat_tables(
-            [self._table(user_id[part], found_BK[part], score_BK[part], known_B[part]) for part in parts]
-        )
+        parts = [slice(start, start + step) for start in range(0, max(len(found), 1), step)]
+        table = pa.concat_tables([self._table(user_id[part], found.take(part)) for part in parts])
         facts = {
-            "users": len(lengths_B),
-            "fallback_users": int((~known_B).sum()),
-            "short_lists": int((found_BK[:, -1] < 0).sum()),
+            "users": len(found),
+            "fallback_users": int((found.source_BK[:, 0] == FALLBACK).sum()),
+            "short_lists": int((found.item_BK[:, -1] == NO_ITEM).sum()),
         }
         return self._run.write_table(shard.name, table, facts, _group_rows(settings))
 
-    def _table(
-        self,
-        user_id: pa.ChunkedArray,
-        found_BK: npt.NDArray[np.int64],
-        score_BK: npt.NDArray[np.float32],
-        known_B: npt.NDArray[np.bool_],
-    ) -> pa.Table:
+    def _table(self, user_id: pa.ChunkedArray, found: Found) -> pa.Table:
         """Lists of items as rows of the contract."""
-        there_BK = found_BK >= 0
+        there_BK = found.item_BK != NO_ITEM
         length_B = there_BK.sum(axis=1)
-        item_index = found_BK[there_BK]
-        item_id = self._scorer.ids.item_ids(item_index)
-        score = pa.array(score_BK[there_BK])
-        codes = self._scorer.ids.codes_NI[item_index]
+        item_index = found.item_BK[there_BK]
+        item_id = self._ids.item_ids(item_index)
+        score = pa.array(found.score_BK[there_BK])
+        codes = self._ids.codes_NI[item_index]
         starts = np.arange(0, codes.size + 1, codes.shape[1], dtype=np.int32)
         semantic_id = pa.ListArray.from_arrays(pa.array(starts), pa.array(codes.ravel()))
-        source = pa.array(np.where(np.repeat(known_B, length_B), GENERATED, FALLBACK))
+        source = pa.array(np.array(schemas.SOURCES)[found.source_BK[there_BK]])
         date, model, ids = (
             self._settings.date,
             self._inputs["model"].run_id,
@@ -238,10 +211,11 @@ class _ScoreShard:
         return pa.table(columns, names=schema.names).cast(schema)
 
 
-def _histories(users: pa.Table) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """Items of all histories one after the other, (E,), and how many each user has, (B,)."""
+def _histories(users: pa.Table) -> Histories:
+    """Histories of a user shard, as `schemas.sequences`."""
     history = users.column("history").combine_chunks()
-    return history.flatten().to_numpy(), np.diff(history.offsets.to_numpy()).astype(np.int64)
+    lengths_B = np.diff(history.offsets.to_numpy()).astype(np.int64)
+    return Histories(history.flatten().to_numpy(), lengths_B, users.column("user_hash").to_numpy())
 
 
 STAGE = Stage(

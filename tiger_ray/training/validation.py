@@ -2,7 +2,7 @@
 
 The target is each user's validation event, which training does not see; the test target is never read.
 
-B users, E events of all users, K places of a list, C cells of a count by rank.
+B users, C cells of a count by rank.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tiger_ray.evaluation import metrics
-from tiger_ray.rankers.base import Ranker
+from tiger_ray.rankers.base import Histories, Ranker
 
 TOP = 10
 """K of the metrics."""
@@ -29,16 +29,14 @@ class Validation:
     """One worker's part of the sample of users.
 
     >>> empty = np.zeros(0, np.int64)
-    >>> sample = Validation(empty, empty, empty, empty, make_ranker=lambda model, device: ...)
+    >>> histories = Histories(np.zeros(0, np.int32), empty)
+    >>> sample = Validation(histories, empty, make_ranker=lambda model, device: ...)
     >>> sample.metrics(nn.Identity(), torch.device("cpu"))
     {}
     """
 
-    item_E: npt.NDArray[np.int32]
-    """Events before each user's target, one user after the other."""
-    lengths_B: npt.NDArray[np.int64]
-    """Events per user; at least 1."""
-    user_hash_B: npt.NDArray[np.uint64]
+    histories: Histories
+    """Events before each user's target, at least one per user."""
     target_B: npt.NDArray[np.int64]
     """item_index of each user's validation event."""
     make_ranker: Callable[[Any, torch.device], Ranker]
@@ -53,8 +51,7 @@ class Validation:
         if len(self.target_B):
             was_training = model.training
             ranker = self.make_ranker(model.eval(), device)
-            found_BK, _ = ranker.recommend(self.item_E, self.lengths_B, self.user_hash_B, TOP)
-            rank_B = metrics.ranks(found_BK, self.target_B)
+            rank_B = metrics.ranks(ranker.recommend(self.histories, TOP).item_BK, self.target_B)
             model.train(was_training)
         count_C = torch.from_numpy(metrics.rank_counts(rank_B, TOP)).to(device)
         if dist.is_initialized():
