@@ -5,7 +5,7 @@ import doctest
 import numpy as np
 import pytest
 
-from tiger_ray.rankers import base, popularity
+from tiger_ray.rankers import base, fallback, neighbours, popularity, sasrec
 from tiger_ray.rankers.base import FALLBACK, GENERATED, Found, Histories
 
 LISTS = [[7, 3, 7], [], [5], [1, 2, 3, 4], []]
@@ -64,8 +64,8 @@ def test_what_is_put_replaces_the_slots_of_these_users_and_leaves_the_others():
     assert (nothing.item_BK == -1).all(), "put must not change the values that it begins with"
 
 
-@pytest.mark.parametrize("module", [base, popularity])
+@pytest.mark.parametrize("module", [base, fallback, neighbours, popularity, sasrec])
 def test_the_examples_of_the_docstrings_say_what_comes_out(module):
-    tried = doctest.testmod(module, extraglobs={"np": np, "Histories": Histories, "Rules": base.Rules})
+    tried = doctest.testmod(module, extraglobs={"Histories": Histories, "Rules": base.Rules})
     assert tried.attempted
     assert not tried.failed

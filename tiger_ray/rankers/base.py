@@ -1,4 +1,4 @@
-"""What a ranker reads, what may come out, what is found, and the interface of every ranker.
+"""The values that rankers share, and the interface of every ranker.
 
 B users, K items per user, P places of a fetched list (P >= K), E events of all users, N items. A lower-case letter
 counts a part of what the upper-case letter counts.
@@ -93,7 +93,7 @@ class Rules:
     """
 
     eligible_N: npt.NDArray[np.bool_]
-    """May the item be recommended at all?"""
+    """Whether the item may be recommended at all."""
     exclude_history: bool = False
     """Leave out the items of the user's whole history."""
 
@@ -112,7 +112,7 @@ class Found:
     score_BK: npt.NDArray[np.float32]
     """-inf where there is no item."""
     source_BK: npt.NDArray[np.int8]
-    """`GENERATED` or `FALLBACK`: who was asked for the slot, whether or not an item came."""
+    """`GENERATED` or `FALLBACK`: the ranker that was asked for the slot, also where the slot has no item."""
 
     @classmethod
     def of(
@@ -123,7 +123,7 @@ class Found:
 
     @classmethod
     def nothing(cls, num_users: int, k: int) -> Found:
-        """No item for anybody."""
+        """Slots without items."""
         shape = (num_users, k)
         return cls.of(np.full(shape, NO_ITEM, np.int64), np.full(shape, -np.inf, np.float32))
 
@@ -136,7 +136,7 @@ class Found:
         return Found(self.item_BK[users], self.score_BK[users], self.source_BK[users])
 
     def put(self, users: Users, found: Found) -> Found:
-        """The same, but for these users what is given."""
+        """A copy in which these users have the slots of `found`, one user of `found` after the other."""
         item_BK, score_BK, source_BK = self.item_BK.copy(), self.score_BK.copy(), self.source_BK.copy()
         item_BK[users], score_BK[users] = found.item_BK, found.score_BK
         source_BK[users] = found.source_BK
@@ -157,24 +157,32 @@ class Found:
 
 
 class Ranker(Protocol):
-    """Whatever recommends items."""
+    """A source of recommendations: TIGER, a baseline, or a combination of rankers.
+
+    The rules are given when a ranker is built, so that a ranker can build them into its index or trie.
+    """
 
     def recommend(self, histories: Histories, k: int) -> Found:
         """The k best items of each user that the ranker's rules allow.
 
-        Items come best first, or the first drawn first. Of equal scores the lower item_index comes first; a
-        ranker that searches Semantic IDs takes the lower Semantic ID. A user's items do not depend on the
-        other users of the call.
+        Args:
+            histories: of B users.
+            k: slots per user, K.
+
+        Returns:
+            Slots, (B, K). The best item comes first, or the first drawn item. Of items with equal scores the
+            lower item_index comes first; TIGER takes the lower Semantic ID. The items of a user do not depend on
+            the other users.
         """
 
 
 def for_known(histories: Histories, k: int, recommend: Callable[[Histories], Found]) -> Found:
-    """What `recommend` finds for the users who have a history, and no item for the others.
+    """Rank for the users who have a history, and leave the slots of the other users empty.
 
     Args:
         histories: of all users.
         k: items per user.
-        recommend: ranks for users who all have a history; is not called if nobody has one.
+        recommend: called with the users who have a history, or not at all if there are none.
     """
     known_B = histories.lengths_B > 0
     if not known_B.any():
@@ -190,12 +198,12 @@ def without_newest(
     excluded_B: npt.NDArray[np.int64],
     k: int,
 ) -> Found:
-    """The k best items of each user, without some of the newest items of the history.
+    """The k best items of each user, except some of the newest items of the history.
 
     Args:
-        search: finds lists, (b, P), for some users, given by place, (b,), and P.
+        search: from places of users, (b,), and a length P to lists, (b, P).
         histories: of all users.
-        excluded_B: how many of the newest items must not come, (B,) int64.
+        excluded_B: number of newest items that must not come out, (B,) int64.
         k: items per user.
     """
     item_index_E, end_B = histories.item_index_E, np.cumsum(histories.lengths_B)

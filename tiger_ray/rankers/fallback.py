@@ -1,4 +1,4 @@
-"""A ranker for users with history, and popularity for users without: the only place where the two meet."""
+"""One ranker for users with history, and another for users without. Night and endpoint both rank with this class."""
 
 from __future__ import annotations
 
@@ -10,7 +10,18 @@ from tiger_ray.rankers.base import FALLBACK, Found, Histories, Ranker
 
 
 class FallbackRanker:
-    """Ranks with one ranker; a user without history gets the items of another one, marked `FALLBACK`."""
+    """Ranks with one ranker; a user without history gets the items of another ranker, marked `FALLBACK`.
+
+    >>> from tiger_ray.rankers.base import Rules
+    >>> from tiger_ray.rankers.neighbours import Neighbours
+    >>> from tiger_ray.rankers.popularity import Popularity
+    >>> rules = Rules(np.ones(3, bool))
+    >>> near = Neighbours(np.eye(3, dtype=np.float32), rules)
+    >>> ranker = FallbackRanker(near, Popularity(np.array([1, 3, 2]), rules))
+    >>> found = ranker.recommend(Histories.of([[1], []]), 2)
+    >>> found.item_BK.tolist(), found.source_BK.tolist()
+    ([[0, 2], [1, 2]], [[0, 0], [1, 1]])
+    """
 
     def __init__(self, ranker: Ranker, popular: Ranker) -> None:
         """Take the ranker for users with history, and the one for users without."""

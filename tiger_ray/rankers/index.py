@@ -1,7 +1,7 @@
-"""User vectors and item vectors -> the items with the largest inner products: of all items, or of some.
+"""User vectors and item vectors -> the items with the largest inner products, found exactly or approximately.
 
-An index holds eligible items only. Items that a user must not get are left out exactly, by any index: so many
-more are fetched.
+An index holds eligible items only. An index knows no histories: for a user who must not get n items, a ranker fetches
+n more items and drops these (`base.without_newest`).
 
 B users, K items per user, P places of a fetched list (P >= K), N items, M items of an index, D width of the
 vectors, L = D + 1 width of lifted ones, E events of all users. A lower-case letter counts a part of what the upper-case one counts.
@@ -29,19 +29,25 @@ PLACE = 2**32 - 1
 
 
 class Index(Protocol):
-    """Finds the items of large inner products."""
+    """Finds the items with the largest inner products."""
 
     def search(self, user_BD: npt.NDArray[np.float32], count: int) -> Lists:
         """The best `count` items of each user vector, (B, D)."""
 
 
 class Exact:
-    """Compares every user with every item."""
+    """Compares every user with every eligible item."""
 
     def __init__(
         self, item_ND: Tensor, eligible_N: npt.NDArray[np.bool_], device: torch.device | str = "cpu"
     ) -> None:
-        """Take item vectors, (N, D) float32, and what may be recommended, (N,) bool."""
+        """Copy the vectors of the eligible items.
+
+        Args:
+            item_ND: item vectors, (N, D) float32.
+            eligible_N: whether the item may be recommended, (N,) bool.
+            device: where to compare.
+        """
         eligible = torch.from_numpy(np.flatnonzero(eligible_N))
         self._item_MD = item_ND.detach()[eligible.to(item_ND.device)].to(device)
         self._item_index_M = eligible.to(device)
@@ -66,9 +72,11 @@ class Exact:
 
 
 def _keys(score_bm: Tensor, first: int) -> Tensor:
-    """Whole numbers in the order of the scores; of equal scores, that of the lower place is the larger.
+    """Integers in the order of the float32 scores; of two equal scores, the lower place has the larger integer.
 
-    Places begin with `first`, scores are float32.
+    Args:
+        score_bm: scores of b users and m items, (b, m) float32.
+        first: place of the first of the m items.
     """
     ordered_bm = _in_order((score_bm + 0.0).view(torch.int32)).long()  # + 0.0, for -0.0 is 0.0
     return (ordered_bm << 32) + torch.arange(
@@ -77,13 +85,13 @@ def _keys(score_bm: Tensor, first: int) -> Tensor:
 
 
 def _in_order(bits: Tensor) -> Tensor:
-    """Bits of floats as whole numbers in the same order, and the way back."""
+    """Bits of floats as integers in the order of the floats; applied twice, the bits again."""
     bits = bits.int()
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 class Approximate:
-    """Compares a user with those items that a FAISS index leads to, by their true scores."""
+    """Compares a user with the items that a FAISS index proposes, by exact inner products."""
 
     def __init__(
         self,
@@ -92,12 +100,19 @@ class Approximate:
         eligible_N: npt.NDArray[np.bool_],
         parameters: Callable[[int], Any],
     ) -> None:
-        """Take an index of `lifted` items, these items, and what to search with, given how many are asked for."""
+        """Take the index.
+
+        Args:
+            index: a FAISS index of the `lifted` eligible items.
+            item_MD: vectors of the eligible items, (M, D) float32.
+            eligible_N: whether the item may be recommended, (N,) bool.
+            parameters: from the number of items asked for to FAISS search parameters.
+        """
         self._index, self._item_MD, self._parameters = index, item_MD, parameters
         self._item_index_M = np.flatnonzero(eligible_N)
 
     def search(self, user_BD: npt.NDArray[np.float32], count: int) -> Lists:
-        """The best `count` items of each user vector, (B, D), among those that are looked at."""
+        """The best `count` items of each user vector, (B, D), among the proposed ones."""
         asked = min(count, len(self._item_index_M))
         parts = np.split(user_BD, range(USERS_AT_ONCE, len(user_BD), USERS_AT_ONCE))
         item_index_BP, score_BP = (
@@ -118,11 +133,11 @@ class Approximate:
 
 
 def lifted(item_MD: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """One more coordinate for each item, so that all are equally long: (M, D + 1).
+    """Add one coordinate to each item, so that all items have the same norm: (M, D + 1).
 
-    With 0 as its last coordinate a user is the nearer to an item the larger their inner product is. An index of
-    distances finds the largest inner products then, which one of inner products does worse: long items are
-    everybody's neighbours.
+    A user gets 0 as last coordinate. Then the item with the largest inner product is the nearest item, and an index
+    of distances finds it. An index of inner products works worse, because items with a large norm are neighbours of
+    every user.
 
     Source: Bachrach et al. 2014 (Speeding up the Xbox recommender system).
     """
@@ -138,13 +153,13 @@ def ivf_flat(
     num_lists: int = 128,
     num_probes: int = 48,
 ) -> Approximate:
-    """FAISS IVF-Flat: items in lists around centroids, of which a user is compared with some.
+    """FAISS IVF-Flat: items in lists around centroids; a user is compared with the items of the nearest lists.
 
     Args:
         item_ND: item vectors, (N, D).
-        eligible_N: may the item be recommended, (N,) bool.
+        eligible_N: whether the item may be recommended, (N,) bool.
         num_lists: centroids.
-        num_probes: lists that are looked at.
+        num_probes: lists that a user is compared with.
 
     Raises:
         SettingsError: faiss is not installed.
@@ -169,14 +184,14 @@ def hnsw(
     build_width: int = 200,
     search_width: int = 256,
 ) -> Approximate:
-    """FAISS HNSW: a graph of near items, through which a user's way leads to the nearest.
+    """FAISS HNSW: a graph that links near items; a search walks the graph to the nearest items.
 
     Args:
         item_ND: item vectors, (N, D).
-        eligible_N: may the item be recommended, (N,) bool.
+        eligible_N: whether the item may be recommended, (N,) bool.
         num_links: of each item on each level, M in the paper.
         build_width: candidates kept while the graph is built, efConstruction.
-        search_width: candidates kept in a search, efSearch; never less than the items that are asked for.
+        search_width: candidates kept in a search, efSearch; at least the number of items asked for is used.
 
     Raises:
         SettingsError: faiss is not installed.
@@ -206,7 +221,7 @@ def _faiss() -> Any:
 
 
 def _filled(item_index_BP: npt.NDArray[np.int64], score_BP: npt.NDArray[np.float32], count: int) -> Lists:
-    """Lists of this many places, where there were not enough items for them."""
+    """Pad lists with empty places up to `count` places."""
     missing = ((0, 0), (0, count - item_index_BP.shape[1]))
     return (
         np.pad(item_index_BP, missing, constant_values=-1),

@@ -18,6 +18,11 @@ class Neighbours:
 
     The newest item itself is not recommended, nor is an item without an embedding. A user whose history has no item
     with an embedding gets no item.
+
+    >>> embedding_ND = np.array([[1, 0], [1, 1], [0, 1], [1, 0.1]], np.float32)
+    >>> ranker = Neighbours(embedding_ND, Rules(np.ones(4, bool)))
+    >>> ranker.recommend(Histories.of([[2, 0]]), 2).item_BK.tolist()
+    [[3, 1]]
     """
 
     def __init__(

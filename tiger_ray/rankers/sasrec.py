@@ -12,7 +12,14 @@ from tiger_ray.rankers.index import Exact, Index
 
 
 class Sasrec:
-    """Ranks by inner products with the weights that the model has now. A user without history gets no item."""
+    """Ranks by inner products with the weights that the model has now. A user without history gets no item.
+
+    >>> from tiger_ray.settings.sasrec import SasrecSettings
+    >>> model = SasrecModel(SasrecSettings(), num_items=5).eval()
+    >>> ranker = Sasrec(model, "cpu", rules=Rules(np.ones(5, bool), exclude_history=True))
+    >>> sorted(ranker.recommend(Histories.of([[0, 3]]), 3).item_BK[0].tolist())
+    [1, 2, 4]
+    """
 
     def __init__(
         self,

@@ -71,7 +71,7 @@ class TigerRanker:
             if self.vocabulary.num_user_buckets:
                 buckets_B = user_buckets(hash_B, self.vocabulary)
             if self._decoding.sample:
-                # mixed, because shards and user buckets follow from the hash itself
+                # Mix the hash: shards and user buckets are parts of the hash, and a draw must not depend on them.
                 seed_B = splitmix64(hash_B, self._seed).view(np.int64)
         return Found.of(
             *self._decoder.recommend(
@@ -86,5 +86,5 @@ class TigerRanker:
 
 
 def needs_user(vocabulary: Vocabulary, decoding: DecodingSettings) -> bool:
-    """Does a list depend on who the user is: by a user token, or by a draw of the user's own?"""
+    """Whether the items depend on the user id: the model reads a user token, or each user has a draw of their own."""
     return vocabulary.num_user_buckets > 0 or decoding.sample

@@ -45,9 +45,11 @@ class Snapshot:
         self._max_k = settings.serving.max_k
         self._ranker, self._ids, vocabulary = open_ranker(storage, settings, model, semantic_ids, sequences)
         self._needs_user = needs_user(vocabulary, settings.decoding)
-        # a hash table that is built once; `SemanticIds.lookup` would build one for every batch
+        # Build the hash table once: `SemanticIds.lookup` builds a table in every call.
         self._items = pd.Index(self._ids.item_id.to_pandas())
-        self._items.get_indexer(self._items[:1])  # here, or the first requests would wait for it
+        self._items.get_indexer(
+            self._items[:1]
+        )  # pandas builds the table at the first lookup, which no request should wait for
         self._user_id_type = pa.type_for_alias(sequences.metadata["user_id_type"])
         self.check()
 
@@ -57,14 +59,14 @@ class Snapshot:
         Raises:
             ArtifactError: nothing, or not a number, came out.
         """
-        # an item that may not be recommended, if there is one, so that an excluded history takes nothing away
+        # Prefer an ineligible item: an excluded history then takes no item away.
         item = int(np.argmin(self._ids.eligible_N))
         found = self._ranker.recommend(Histories.of([[item]], np.zeros(1, np.uint64)), self._max_k)
         if found.item_BK[0, 0] == NO_ITEM or not np.isfinite(found.score_BK[0, 0]):
             raise ArtifactError(f"the model recommends nothing after item_index {item} ({self.versions})")
 
     def answer(self, queries: Sequence[Query]) -> list[dict[str, Any]]:
-        """One answer per query, ready for JSON; in fp32 it does not depend on the others of the batch."""
+        """One answer per query, ready for JSON; in fp32 an answer does not depend on the other queries of the batch."""
         item_index = self._items.get_indexer(
             pd.Index([item for query in queries for item in query.history], dtype=self._items.dtype)
         )
@@ -73,7 +75,7 @@ class Snapshot:
         lengths_B = np.bincount(user_E[known_E], minlength=len(queries)).astype(np.int64)
         unknown_B = np.bincount(user_E[~known_E], minlength=len(queries))
         histories = Histories(item_index[known_E].astype(np.int32), lengths_B, self._user_hash(queries))
-        # The ranker is asked for the largest k, so that a batch may mix them.
+        # Ask for the largest k, so that the queries of a batch may differ in k.
         found = self._ranker.recommend(histories, self._max_k)
         return [
             self._answer(found.take([user]).first(query.k).best_first(), int(unknown_B[user]))
@@ -85,7 +87,7 @@ class Snapshot:
 
         Args:
             found: k slots for one user.
-            unknown: items of the history that are not known.
+            unknown: number of items of the history that the catalog never had.
         """
         ids, source, k = self._ids, int(found.source_BK[0, 0]), found.item_BK.shape[1]
         item_index = found.item_BK[found.item_BK != NO_ITEM]
@@ -142,7 +144,7 @@ class Replica:
 
 
 def versions_of(settings: Settings, model: Manifest, semantic_ids: Manifest) -> dict[str, str]:
-    """What the answer says about the artifacts that it came from."""
+    """The artifacts that an answer is made from, as the answer names them."""
     return {
         "model_version": model.run_id,
         "semantic_ids_version": semantic_ids.run_id,
