@@ -1,7 +1,7 @@
-"""The HTTP endpoint: `jobs/serve.py` as a process of its own, asked over HTTP; faults of the decoder by a fake one.
+"""The HTTP endpoint: `jobs/serve.py` as a process, asked over HTTP; a fake decoder plays the faults.
 
-The world is 40 items and a random model, published without training; its answers are known from scoring
-every item one by one.
+The world is 40 items and a random model, published without training. Scoring every item one by one gives the
+expected answers. Every answer of the endpoint is checked against the endpoint's own OpenAPI document.
 """
 
 import asyncio
@@ -18,22 +18,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
+import jsonschema
 import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
 from hypothesis import given
+from hypothesis import settings as effort
 from hypothesis import strategies as st
+from openapi_spec_validator import validate as validate_openapi
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
 from tests.published_worlds import DATE, INELIGIBLE, NUM_ITEMS, World, make_world
+from tiger_ray.artifacts.manifest import Manifest
+from tiger_ray.artifacts.storage import Storage
 from tiger_ray.core.hashing import stable_hash
 from tiger_ray.errors import ArtifactError
 from tiger_ray.rankers.tiger import needs_user
 from tiger_ray.serving import app as serving
 from tiger_ray.serving.app import Endpoint
-from tiger_ray.serving.http import Query, QueryReader, Refused
+from tiger_ray.serving.http import MAX_BODY_BYTES, PROBLEMS, IdTypes, Problem, Query
 from tiger_ray.serving.replica import Snapshot
 from tiger_ray.settings.serving import ServingSettings
 from tiger_ray.stages import recommendations
@@ -44,6 +49,45 @@ pytestmark = [pytest.mark.ray, pytest.mark.serve]
 REPOSITORY = Path(__file__).parents[2]
 JSON = {"Content-Type": "application/json"}
 START_S = 120
+
+
+def require_described(document: dict[str, Any], answer: httpx.Response) -> None:
+    """Check status, media type, body and required headers of an answer against an OpenAPI document.
+
+    OpenAPI has no place for unknown paths and methods; their problem documents are checked against the model.
+    """
+    request = answer.request
+    operation = document["paths"].get(request.url.path, {}).get(request.method.lower())
+    if operation is None:
+        assert answer.headers["content-type"] == "application/problem+json"
+        described = Problem.model_json_schema()
+    else:
+        response = operation["responses"][str(answer.status_code)]
+        ((media_type, content),) = response["content"].items()
+        assert answer.headers["content-type"] == media_type
+        assert set(response.get("headers", ())) <= {name.title() for name in answer.headers}
+        described = content["schema"]
+    schema = without_more_properties({**described, "components": document["components"]})
+    jsonschema.Draft202012Validator(schema).validate(answer.json())
+
+
+def without_more_properties(schema: Any) -> Any:
+    """A JSON Schema that allows only the properties that the schema names."""
+    if isinstance(schema, list):
+        return [without_more_properties(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = {name: without_more_properties(part) for name, part in schema.items()}
+    return closed | {"additionalProperties": False} if schema.get("type") == "object" else closed
+
+
+def require_problem(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    """The problem document of an answer with the expected status and code."""
+    problem: dict[str, Any] = answer.json()
+    assert (answer.status_code, problem["status"], problem["code"]) == (status, status, code), answer.text
+    assert (problem["type"], problem["title"]) == (f"urn:tiger-ray:problem:{code}", PROBLEMS[code][1])
+    assert answer.headers.get("retry-after") == ("1" if status == 503 else None)
+    return problem
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +140,13 @@ def server(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
                 assert process.poll() is None, log.read_text()[-3000:]
                 assert time.monotonic() < deadline, log.read_text()[-3000:]
                 time.sleep(0.2)
+            document = http.get("/openapi.json").json()
+
+            def check(answer: httpx.Response) -> None:
+                answer.read()
+                require_described(document, answer)
+
+            http.event_hooks["response"] = [check]
             yield Server(process, log, http)
         finally:
             process.terminate()
@@ -173,9 +224,8 @@ def test_overload_is_refused_with_503_and_leaves_no_mark(world: World, server: S
         answers = list(threads.map(ask, range(120)))
     refused = [answer for answer in answers if answer.status_code != 200]
     assert 0 < len(refused) < len(answers)
-    assert {answer.status_code for answer in refused} == {503}
-    assert all(answer.headers["retry-after"] == "1" for answer in refused)
-    assert {answer.json()["error"]["code"] for answer in refused} == {"overloaded"}
+    for answer in refused:
+        require_problem(answer, 503, "overloaded")
     assert server.ask(world.item_ids[:5], 5)["source"] == "generated"
 
 
@@ -222,18 +272,22 @@ CODES = {400: "invalid_json", 413: "body_too_large", 422: "invalid_request"}
 @pytest.mark.parametrize(("body", "status"), BAD_BODIES.values(), ids=BAD_BODIES.keys())
 def test_a_wrong_body_gets_4xx_and_a_code(server: Server, body: bytes, status: int) -> None:
     answer = server.http.post("/v1/recommendations", content=body, headers=JSON)
-    assert answer.status_code == status, answer.text
-    error = answer.json()["error"]
-    assert error["code"] == CODES[status]
-    assert ("field" in error) == (status == 422)
-    assert len(answer.content) < 400
+    problem = require_problem(answer, status, CODES[status])
+    assert ("field" in problem) == (status == 422)
+    assert len(answer.content) < 500
+
+
+def test_two_errors_have_two_names(server: Server) -> None:
+    names = {server.http.get("/nowhere").json()["instance"] for _ in range(2)}
+    assert len(names) == 2
+    assert all(name.startswith("urn:uuid:") for name in names)
 
 
 @pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded"])
 def test_a_body_that_is_not_declared_json_is_refused(server: Server, content_type: str | None) -> None:
     headers = {} if content_type is None else {"Content-Type": content_type}
     answer = server.http.post("/v1/recommendations", content=b'{"history":[],"k":1}', headers=headers)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported_media_type")
+    require_problem(answer, 415, "unsupported_media_type")
 
 
 @pytest.mark.parametrize(
@@ -242,7 +296,6 @@ def test_a_body_that_is_not_declared_json_is_refused(server: Server, content_typ
         ("GET", "/", 404, "not_found"),
         ("GET", "/docs", 404, "not_found"),
         ("GET", "/redoc", 404, "not_found"),
-        ("GET", "/openapi.json", 404, "not_found"),
         ("GET", "/v1/%2e%2e/%2e%2e/etc/passwd", 404, "not_found"),
         ("POST", "/v1/recommendations/", 404, "not_found"),
         ("GET", "/v1/recommendations", 405, "method_not_allowed"),
@@ -255,7 +308,7 @@ def test_an_unknown_path_or_method_is_refused(
     server: Server, method: str, path: str, status: int, code: str
 ) -> None:
     answer = server.http.request(method, path)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    require_problem(answer, status, code)
 
 
 def test_readyz_names_model_and_semantic_ids(world: World, server: Server) -> None:
@@ -274,7 +327,8 @@ def test_sigterm_stops_the_job_cleanly(server: Server) -> None:
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(60) == 0, server.log.read_text()[-3000:]
     assert server.log.read_text().rstrip().endswith("stopped")
-    assert "Traceback" not in server.log.read_text()
+    for noise in ("Traceback", "Serve", "retries", "max_restarts"):
+        assert noise not in server.log.read_text()
     with pytest.raises(httpx.ConnectError):
         server.http.get("/livez")
 
@@ -288,9 +342,11 @@ class FakeDecoder:
     def __init__(self, act: Callable[[], Any]) -> None:
         self.act = act
         self.cancelled = 0
+        self.queries: list[Query] = []
         self.answer = self.versions = self
 
-    def remote(self, *args: Any) -> "FakeDecoder":
+    def remote(self, *queries: Query) -> "FakeDecoder":
+        self.queries += queries
         return self
 
     def cancel(self) -> None:
@@ -305,7 +361,15 @@ class FakeDecoder:
 
 
 VERSIONS = {"model_version": "m", "semantic_ids_version": "s", "date": DATE}
+ANSWER = {
+    "items": [],
+    "source": "fallback",
+    "unknown_items": 0,
+    "reason": "too_few_popular_items",
+    **VERSIONS,
+}
 GOOD_BODY = b'{"history":[],"k":1}'
+STRING_IDS = IdTypes("string", "string", needs_user=False)
 
 
 def ask_fake(
@@ -314,11 +378,11 @@ def ask_fake(
     *,
     content: Any = GOOD_BODY,
     timeout_s: float = 5.0,
+    ids: IdTypes = STRING_IDS,
 ) -> tuple[httpx.Response, FakeDecoder]:
     decoder = FakeDecoder(act)
-    reader = {"item_id_type": "string", "user_id_type": "string", "needs_user": False}
-    endpoint = Endpoint(ServingSettings(request_timeout_s=timeout_s), reader, VERSIONS, decoder)
-    transport = httpx.ASGITransport(endpoint.__serve_build_asgi_app__(), raise_app_exceptions=False)
+    app = Endpoint(ServingSettings(request_timeout_s=timeout_s), ids, VERSIONS, decoder).asgi_app()
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
 
     async def ask() -> httpx.Response:
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
@@ -326,7 +390,9 @@ def ask_fake(
                 return await http.get(path)
             return await http.post(path, content=content, headers=JSON)
 
-    return asyncio.run(asyncio.wait_for(ask(), 10)), decoder
+    answer = asyncio.run(asyncio.wait_for(ask(), 10))
+    require_described(app.openapi(), answer)
+    return answer, decoder
 
 
 def failing(error: Exception) -> Callable[[], Any]:
@@ -338,7 +404,7 @@ def failing(error: Exception) -> Callable[[], Any]:
 
 def test_a_decoder_that_does_not_answer_gives_504_and_is_told_to_stop() -> None:
     answer, decoder = ask_fake(lambda: asyncio.sleep(60), timeout_s=0.05)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+    require_problem(answer, 504, "timeout")
     assert decoder.cancelled == 1
 
 
@@ -348,33 +414,57 @@ def test_a_body_that_does_not_arrive_gives_504() -> None:
         await asyncio.sleep(60)
 
     answer, _ = ask_fake(dict, content=trickle(), timeout_s=0.05)
-    assert answer.status_code == 504
+    require_problem(answer, 504, "timeout")
+
+
+def test_a_large_body_is_read_no_further_than_the_limit() -> None:
+    sent = 0
+
+    async def endless() -> Any:
+        nonlocal sent
+        while True:
+            sent += 2**16
+            yield b" " * 2**16
+
+    answer, decoder = ask_fake(dict, content=endless())
+    require_problem(answer, 413, "body_too_large")
+    assert MAX_BODY_BYTES < sent <= MAX_BODY_BYTES + 2 * 2**16
+    assert decoder.queries == []
 
 
 def test_a_full_queue_gives_503_but_stays_ready() -> None:
     full = failing(BackPressureError(num_queued_requests=4, max_queued_requests=4))
     answer, _ = ask_fake(full)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "overloaded")
-    assert answer.headers["retry-after"] == "1"
+    require_problem(answer, 503, "overloaded")
     assert ask_fake(full, "/readyz")[0].status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/v1/recommendations", "/readyz"])
 def test_a_dead_decoder_gives_503(path: str) -> None:
     answer, _ = ask_fake(failing(RayActorError()), path)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+    require_problem(answer, 503, "not_ready")
 
 
-def test_an_unforeseen_error_gives_500_without_a_word_of_it() -> None:
+def test_an_unforeseen_error_gives_500_and_only_the_log_tells_it(caplog: pytest.LogCaptureFixture) -> None:
     answer, _ = ask_fake(failing(KeyError("s3://canary-bucket/secret")))
-    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal")
+    (record,) = (record for record in caplog.records if record.name == "tiger_ray.serving.app")
+    assert answer.json()["instance"] in record.message
+    assert "canary" in record.message
+    require_problem(answer, 500, "internal")
     assert "canary" not in answer.text
+
+
+def test_an_answer_that_breaks_the_schema_is_not_passed_on() -> None:
+    item = {"item_id": 7, "score": -1.0, "semantic_id": [1, 2]}
+    for wrong in ({**ANSWER, "items": [item]}, {**ANSWER, "source": "elsewhere"}, VERSIONS):
+        answer, _ = ask_fake(lambda wrong=wrong: wrong)
+        require_problem(answer, 500, "internal")
 
 
 def test_a_decoder_of_another_model_is_not_ready() -> None:
     assert ask_fake(lambda: VERSIONS, "/readyz")[0].status_code == 200
     answer, _ = ask_fake(lambda: {**VERSIONS, "model_version": "other"}, "/readyz")
-    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+    require_problem(answer, 503, "not_ready")
     answer, _ = ask_fake(lambda: asyncio.sleep(60), "/readyz", timeout_s=0.05)
     assert answer.status_code == 503
 
@@ -385,22 +475,45 @@ def test_a_decoder_of_another_model_is_not_ready() -> None:
 ANY_JSON = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(), st.lists)
 
 
-def read(body: bytes) -> Query | Refused:
-    try:
-        return QueryReader(ServingSettings(), "string", "int64", needs_user=False).read(body)
-    except Refused as refused:
-        return refused
-
-
 @given(st.binary() | ANY_JSON.map(lambda value: json.dumps(value).encode()))
-def test_reading_any_bytes_gives_a_query_or_an_error_that_is_json(body: bytes) -> None:
+@effort(max_examples=40, deadline=None)
+def test_any_bytes_give_a_query_or_a_problem(body: bytes) -> None:
     for wrapped in (body, b'{"history":%s,"k":1}' % body, b'{"history":[],"k":%s}' % body):
-        result = read(wrapped)
-        if isinstance(result, Refused):
-            assert result.status in (400, 422)
-            assert len(json.dumps(result.error, allow_nan=False).encode()) < 1000
-        else:
-            assert 1 <= result.k <= 20
+        answer, decoder = ask_fake(lambda: ANSWER, content=wrapped)
+        assert answer.status_code in (200, 400, 422), answer.text
+        assert len(answer.content) < 1000
+        assert len(decoder.queries) == (answer.status_code == 200)
+        assert all(1 <= query.k <= 20 for query in decoder.queries)
+
+
+@pytest.mark.parametrize(("id_type", "json_type"), [("int64", "integer"), ("string", "string")])
+def test_the_document_is_openapi_and_states_the_bounds_of_the_settings(id_type: str, json_type: str) -> None:
+    bounds = ServingSettings(max_k=7, max_history=9)
+    document = (
+        Endpoint(bounds, IdTypes(id_type, id_type, True), VERSIONS, FakeDecoder(dict)).asgi_app().openapi()
+    )
+    validate_openapi(document)
+    schemas = document["components"]["schemas"]
+    asked = schemas["Query"]["properties"]
+    assert (asked["k"]["minimum"], asked["k"]["maximum"], asked["history"]["maxItems"]) == (1, 7, 9)
+    assert asked["history"]["items"]["type"] == asked["user_id"]["type"] == json_type
+    assert schemas["Item"]["properties"]["item_id"]["type"] == json_type
+    assert set(schemas["Query"]["required"]) == {"history", "k", "user_id"}
+
+
+def test_the_document_names_every_code_once() -> None:
+    document = Endpoint(ServingSettings(), STRING_IDS, VERSIONS, FakeDecoder(dict)).asgi_app().openapi()
+    errors = document["paths"]["/v1/recommendations"]["post"]["responses"].items()
+    codes = [
+        (code, int(status))
+        for status, response in errors
+        if status != "200"
+        for code in response["content"]["application/problem+json"]["schema"]["properties"]["code"]["enum"]
+    ]
+    # Unknown paths and methods have no operation that could describe them.
+    assert sorted(codes) == sorted(
+        (code, status) for code, (status, _) in PROBLEMS.items() if status not in (404, 405)
+    )
 
 
 def test_integer_ids_and_user_tokens_are_served(tmp_path: Path) -> None:
@@ -441,15 +554,16 @@ def test_a_draw_belongs_to_its_user_and_a_shorter_one_is_its_beginning(world: Wo
 
 
 def test_a_model_with_user_tokens_needs_a_user_id_of_the_right_type() -> None:
-    reader = QueryReader(ServingSettings(), "int64", "int64", needs_user=True)
-    assert reader.read(b'{"history":[-9223372036854775808],"k":1,"user_id":5}') == Query([-(2**63)], 1, 5)
+    ids = IdTypes("int64", "int64", needs_user=True)
+    good = b'{"history":[-9223372036854775808],"k":1,"user_id":5}'
+    answer, decoder = ask_fake(lambda: ANSWER, content=good, ids=ids)
+    assert answer.status_code == 200
+    assert decoder.queries == [Query([-(2**63)], 1, 5)]
     for wrong in (b"", b',"user_id":null', b',"user_id":"5"', b',"user_id":9223372036854775808'):
-        with pytest.raises(Refused) as refused:
-            reader.read(b'{"history":[],"k":1' + wrong + b"}")
-        assert refused.value.error["field"] == "user_id"
-    with pytest.raises(Refused) as refused:
-        reader.read(b'{"history":["7"],"k":1,"user_id":5}')
-    assert refused.value.error["field"] == "history.0"
+        answer, _ = ask_fake(lambda: ANSWER, content=b'{"history":[],"k":1' + wrong + b"}", ids=ids)
+        assert require_problem(answer, 422, "invalid_request")["field"] == "user_id"
+    answer, _ = ask_fake(lambda: ANSWER, content=b'{"history":["7"],"k":1,"user_id":5}', ids=ids)
+    assert require_problem(answer, 422, "invalid_request")["field"] == "history.0"
 
 
 def test_an_excluded_history_is_the_reason_for_a_short_answer(world: World) -> None:
@@ -465,6 +579,19 @@ def test_model_and_semantic_ids_of_other_spaces_are_refused(tmp_path: Path) -> N
     world = make_world(tmp_path, space="another space")
     with pytest.raises(ArtifactError, match="trained on ID space space"):
         serving.application(*world.artifacts)
+
+
+def test_the_driver_reads_no_weights(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_file = Storage.read_file
+    names = []
+
+    def record(storage: Storage, manifest: Manifest, name: str) -> bytes:
+        names.append(name)
+        return read_file(storage, manifest, name)
+
+    monkeypatch.setattr(Storage, "read_file", record)
+    serving.application(*world.artifacts)
+    assert names == ["config.json"]
 
 
 def test_popularity_of_another_registry_is_refused(world: World) -> None:

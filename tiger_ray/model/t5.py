@@ -172,14 +172,7 @@ class TigerModel(nn.Module):
         for name in ("config.json", "model.safetensors"):
             if name not in files:
                 raise ArtifactError(f"the model has no file {name}; it holds {sorted(files) or 'no files'}")
-        try:
-            ours = json.loads(files["config.json"])["tiger_ray"]
-            settings = ModelSettings(**ours["model"])
-            vocabulary = Vocabulary(tuple(ours["level_sizes"]), settings.num_user_buckets)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(
-                f"config.json of the model is damaged or not tiger_ray's: {error!r}"
-            ) from error
+        settings, vocabulary = read_config(files["config.json"])
         try:
             tensors = safetensors.torch.load(files["model.safetensors"])
         except Exception as error:  # safetensors raises its own type, which is no ValueError
@@ -529,3 +522,17 @@ class Dropout(nn.Module):
         if hidden.is_cuda:
             return F.dropout(hidden, self.p)
         return hidden * dropout_mask(hidden.shape, self.p).to(hidden.dtype).mul_(1 / (1 - self.p))
+
+
+def read_config(config: bytes) -> tuple[ModelSettings, Vocabulary]:
+    """Settings and vocabulary from the bytes of `config.json`, without the weights.
+
+    Raises:
+        ArtifactError: the bytes are damaged, or another program wrote them.
+    """
+    try:
+        ours = json.loads(config)["tiger_ray"]
+        settings = ModelSettings(**ours["model"])
+        return settings, Vocabulary(tuple(ours["level_sizes"]), settings.num_user_buckets)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"config.json of the model is damaged or not tiger_ray's: {error!r}") from error

@@ -9,7 +9,8 @@ from tiger_ray.artifacts.files import MODEL_FILES
 from tiger_ray.artifacts.lineage import require_same_id_space
 from tiger_ray.artifacts.manifest import Manifest
 from tiger_ray.artifacts.storage import Storage
-from tiger_ray.model.t5 import TigerModel
+from tiger_ray.model.t5 import TigerModel, read_config
+from tiger_ray.model.tokens import Vocabulary
 
 WARM_START_DAYS = 31
 """How far back a model to start from is looked for."""
@@ -23,6 +24,21 @@ def load_model(storage: Storage, model: Manifest, semantic_ids: Manifest) -> Tig
     """
     require_same_id_space(model, semantic_ids)
     return TigerModel.from_files({name: storage.read_file(model, name) for name in MODEL_FILES})
+
+
+def load_vocabulary(storage: Storage, model: Manifest, semantic_ids: Manifest) -> Vocabulary:
+    """The vocabulary of the published model, from its `config.json` alone: the weights stay unread.
+
+    Args:
+        storage: where the model is published.
+        model: manifest of the model.
+        semantic_ids: manifest of the Semantic IDs that the model is to write.
+
+    Raises:
+        ArtifactError: the model was trained on another ID space, or its `config.json` is damaged.
+    """
+    require_same_id_space(model, semantic_ids)
+    return read_config(storage.read_file(model, "config.json"))[1]
 
 
 def last_model(storage: Storage, date: str) -> Manifest | None:

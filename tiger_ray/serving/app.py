@@ -3,46 +3,53 @@
     curl http://127.0.0.1:8000/v1/recommendations -H 'Content-Type: application/json' \
          -d '{"history": ["item-17", "item-4"], "k": 10}'
 
-The answer holds `items` (`item_id`, `score`: natural log probability, `semantic_id`), best first; the
-`source` (`generated`, or `fallback`: popular items, because no item of the history is known);
-`unknown_items` of the history; `model_version`, `semantic_ids_version` and `date`; and, if there are
-fewer than k items, a `reason`: one of `REASONS`. `GET /livez` answers while the process does, `GET /readyz` once
-a decoder serves this endpoint's model and Semantic IDs.
+`GET /openapi.json` describes requests, answers and errors; the models are in `http.py`. `GET /livez` answers while
+the process does, `GET /readyz` once a decoder serves the model and the Semantic IDs of this endpoint.
 
-An error is `{"error": {"code", "message"}}` and, for a wrong request, its `field`:
-
-    400 invalid_json             404 not_found       405 method_not_allowed     413 body_too_large
-    415 unsupported_media_type   422 invalid_request
-    503 overloaded (come back after Retry-After seconds), not_ready             504 timeout
-    500 internal
-
-Endpoint replicas read and check requests and never touch the model; decoder replicas answer them in
-batches. A request beyond what the queues hold is refused at once.
-
-B requests in batch, K items per request, E history items of all requests.
+Endpoint replicas read and check requests and never touch the model; decoder replicas answer requests in batches.
+A request that finds all queues full is refused at once.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: FastAPI reads the types of a route, and those of `recommendations` are
+# made at run time, from the settings and the catalog.
 
 import asyncio
 import contextlib
+import logging
 import threading
+import uuid
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from ray import serve
 from ray.serve.exceptions import BackPressureError
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 
 from tiger_ray.artifacts.lineage import require_same_registry
 from tiger_ray.artifacts.manifest import Manifest
 from tiger_ray.artifacts.storage import Storage
-from tiger_ray.cluster.connect import connect
+from tiger_ray.cluster.connect import connect, is_local
 from tiger_ray.errors import TigerError
-from tiger_ray.published.model import load_model
+from tiger_ray.published.model import load_vocabulary
 from tiger_ray.rankers.tiger import needs_user
-from tiger_ray.serving.http import MAX_BODY_BYTES, RETRY_AFTER_S, STATUS_CODES, QueryReader, Refused
+from tiger_ray.serving.http import (
+    RETRY_AFTER_S,
+    Alive,
+    BodyLimit,
+    IdTypes,
+    Query,
+    Ready,
+    Refused,
+    answer_model,
+    describe_problems,
+    invalid_request,
+    json_route,
+    problem_response,
+    request_model,
+)
 from tiger_ray.serving.replica import NO_DECODER, Replica, versions_of
 from tiger_ray.settings.serving import ServingSettings
 from tiger_ray.settings.settings import Settings
@@ -50,66 +57,103 @@ from tiger_ray.settings.settings import Settings
 APP_NAME = "tiger_ray"
 
 
+_log = logging.getLogger(__name__)
+
+
 class Endpoint:
-    """A replica that speaks HTTP."""
+    """A replica that speaks HTTP.
+
+    Args:
+        settings: bounds of a request, and the timeout.
+        ids: the types of item ids and user ids.
+        versions: what the decoder must serve, as `versions_of` says it.
+        decoder: Serve's handle of the decoder.
+    """
 
     def __init__(
-        self, settings: ServingSettings, reader: dict[str, Any], versions: dict[str, str], decoder: Any
+        self, settings: ServingSettings, ids: IdTypes, versions: dict[str, str], decoder: Any
     ) -> None:
-        self._timeout_s = settings.request_timeout_s
-        self._reader = QueryReader(settings, **reader)
+        self._settings = settings
+        self._ids = ids
         self._versions = versions
         self._decoder = decoder
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Called by Serve; built here, so that routes are methods and nothing is registered at import."""
-        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-        app.add_api_route("/v1/recommendations", self.recommendations, methods=["POST"])
+        """The hook of Serve."""
+        return self.asgi_app()
+
+    def asgi_app(self) -> FastAPI:
+        """The routes of this replica."""
+        query_type, answer_type = request_model(self._settings, self._ids), answer_model(self._ids)
+
+        async def recommendations(query: query_type) -> answer_type:  # type: ignore[valid-type]
+            """The next items after a history."""
+            # Serve replaces an exception handler for its own errors by one that answers in plain text.
+            try:
+                return await self._ask(self._decoder.answer.remote(Query(**dict(query))))
+            except BackPressureError:
+                raise Refused("overloaded", "too many requests are waiting") from None
+
+        app = FastAPI(
+            title="tiger_ray",
+            version="1",
+            docs_url=None,
+            redoc_url=None,
+            redirect_slashes=False,
+            middleware=[Middleware(BodyLimit)],
+            exception_handlers=dict.fromkeys(
+                (HTTPException, RequestValidationError, Exception), _answer_error
+            ),
+            generate_unique_id_function=lambda route: route.name,
+        )
+        app.router.add_api_route(
+            "/v1/recommendations",
+            recommendations,
+            methods=["POST"],
+            response_model_exclude_none=True,
+            responses=describe_problems(
+                "invalid_json",
+                "body_too_large",
+                "unsupported_media_type",
+                "invalid_request",
+                "internal",
+                "not_ready",
+                "overloaded",
+                "timeout",
+            ),
+            route_class_override=json_route(self._settings.request_timeout_s),
+        )
         app.add_api_route("/livez", self.livez, methods=["GET"])
-        app.add_api_route("/readyz", self.readyz, methods=["GET"])
-        app.add_exception_handler(Refused, _refused)
-        app.add_exception_handler(HTTPException, _http_error)
-        app.add_exception_handler(Exception, _internal_error)
+        app.add_api_route(
+            "/readyz", self.readyz, methods=["GET"], responses=describe_problems("internal", "not_ready")
+        )
         return app
 
-    async def recommendations(self, request: Request) -> JSONResponse:
-        """The next items after a history."""
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise Refused(415, "unsupported_media_type", "Content-Type must be application/json")
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                query = self._reader.read(await _body(request))
-                return JSONResponse(await self._ask(self._decoder.answer.remote(query)))
-        except TimeoutError:
-            raise Refused(504, "timeout", f"no answer within {self._timeout_s:g} s") from None
-        except BackPressureError:
-            raise Refused(503, "overloaded", "too many requests are waiting") from None
-        except NO_DECODER:
-            raise _not_ready("no decoder answers") from None
+    async def livez(self) -> Alive:
+        """The process is alive."""
+        return Alive(alive=True)
 
-    async def livez(self) -> JSONResponse:
-        """Is this process alive?"""
-        return JSONResponse({"alive": True})
-
-    async def readyz(self) -> JSONResponse:
-        """Is there a decoder, with the model and Semantic IDs of this endpoint?"""
+    async def readyz(self) -> Ready:
+        """A decoder serves the model and the Semantic IDs of this endpoint."""
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(self._settings.request_timeout_s):
                 versions = await self._ask(self._decoder.versions.remote())
         except BackPressureError:
             versions = self._versions  # a full queue is a decoder at work
-        except (TimeoutError, *NO_DECODER):
-            raise _not_ready("no decoder answers") from None
+        except TimeoutError:
+            raise Refused("not_ready", "no decoder answers") from None
         if versions != self._versions:
-            raise _not_ready("the decoder serves another model or other Semantic IDs")
-        return JSONResponse({"ready": True, **versions})
+            raise Refused("not_ready", "the decoder serves another model or other Semantic IDs")
+        return Ready(ready=True, **versions)
 
     async def _ask(self, response: Any) -> Any:
         try:
             return await response
         except asyncio.CancelledError:
-            response.cancel()  # a request that nobody waits for is not worth decoding
+            response.cancel()  # the client is gone or the time is over: spare the decoder
             raise
+        except NO_DECODER:
+            raise Refused("not_ready", "no decoder answers") from None
 
 
 def application(
@@ -117,11 +161,18 @@ def application(
 ) -> Any:
     """The Serve application for three artifacts that fit each other.
 
+    Args:
+        settings: of the endpoint and of decoding.
+        storage: where the artifacts are published.
+        model: manifest of the model; the driver reads only its `config.json`.
+        semantic_ids: manifest of the Semantic IDs.
+        sequences: manifest of the histories, which hold the popularity of items.
+
     Raises:
         ArtifactError: model and Semantic IDs, or Semantic IDs and popularity, do not belong together.
     """
     serving, decoding = settings.serving, settings.decoding
-    vocabulary = load_model(storage, model, semantic_ids).vocabulary
+    vocabulary = load_vocabulary(storage, model, semantic_ids)
     require_same_registry(sequences, semantic_ids)
     common = {
         "num_replicas": serving.num_replicas,
@@ -135,8 +186,8 @@ def application(
         ray_actor_options={"num_gpus": 1} if decoding.use_gpu else {"num_cpus": decoding.cpus_per_worker},
         **common,
     )
-    # Much more than the decoders take: an endpoint has to accept a request to refuse it in its own words.
-    # Beyond that Serve's proxy refuses, also with 503 and Retry-After, but in plain text.
+    # The endpoint must accept a request to refuse it with a problem document, so it accepts many more than the
+    # decoders take. Beyond this limit Serve's proxy refuses, also with 503 and Retry-After, but in plain text.
     capacity = ongoing + serving.max_queued_requests
     endpoint = serve.deployment(serve.ingress()(Endpoint)).options(
         max_ongoing_requests=2 * capacity,
@@ -144,14 +195,14 @@ def application(
         ray_actor_options={"num_cpus": 0},
         **common,
     )
-    reader = {
-        "item_id_type": semantic_ids.metadata["item_id_type"],
-        "user_id_type": sequences.metadata["user_id_type"],
-        "needs_user": needs_user(vocabulary, decoding),
-    }
+    ids = IdTypes(
+        item_id_type=semantic_ids.metadata["item_id_type"],
+        user_id_type=sequences.metadata["user_id_type"],
+        needs_user=needs_user(vocabulary, decoding),
+    )
     return endpoint.bind(
         serving,
-        reader,
+        ids,
         versions_of(settings, model, semantic_ids),
         decoder.bind(storage, settings, model, semantic_ids, sequences),
     )
@@ -161,6 +212,8 @@ def start(
     settings: Settings, storage: Storage, model: Manifest, semantic_ids: Manifest, sequences: Manifest
 ) -> None:
     """Start Serve on the cluster and return once the endpoint answers.
+
+    Args: as `application`.
 
     Raises:
         ArtifactError: the artifacts do not fit each other.
@@ -173,10 +226,12 @@ def start(
     http_options = {
         "host": settings.serving.host,
         "port": settings.serving.port,
-        # the endpoint's own timeout comes first, with a better answer
+        # The endpoint's own timeout comes first, with a problem document.
         "request_timeout_s": settings.serving.request_timeout_s + 1,
     }
+    # Serve sets the level of its processes by `logging_config`, and the driver's own to INFO when it is imported.
     quiet = {"log_level": "WARNING"}
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(proxy_location="EveryNode", http_options=http_options, logging_config=quiet)
         serve.run(app, name=APP_NAME, route_prefix="/", logging_config=quiet)
@@ -191,42 +246,33 @@ def start(
 def run(
     settings: Settings, storage: Storage, model: Manifest, semantic_ids: Manifest, sequences: Manifest
 ) -> None:
-    """Serve until Ctrl-C or SIGTERM; requests under way are answered before it returns.
+    """Serve until Ctrl-C or SIGTERM; requests under way are answered before the function returns.
+
+    Args: as `application`.
 
     Raises: as `start`.
     """
     start(settings, storage, model, semantic_ids, sequences)
     address = f"http://{settings.serving.host}:{settings.serving.port}"
-    print(f"serving the model of {settings.date} on {address}; Ctrl-C or SIGTERM stops it", flush=True)
+    _log.info("serving the model of %s on %s; Ctrl-C or SIGTERM stops it", settings.date, address)
     with contextlib.suppress(KeyboardInterrupt):
         threading.Event().wait()
-    serve.shutdown()
-    print("stopped", flush=True)
+    serve.delete(APP_NAME)
+    # A Ray of our own ends with this process. `serve.shutdown` would print that the call which kills Serve's
+    # controller failed and will be retried.
+    if not is_local(settings.ray):
+        serve.shutdown()
+    _log.info("stopped")
 
 
-def _not_ready(message: str) -> Refused:
-    return Refused(503, "not_ready", message)
-
-
-async def _refused(request: Request, error: Any) -> JSONResponse:
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status == 503 else None
-    return JSONResponse({"error": error.error}, error.status, headers)
-
-
-async def _http_error(request: Request, error: Any) -> JSONResponse:
-    code = STATUS_CODES.get(error.status_code, "invalid_request")
-    return JSONResponse({"error": {"code": code, "message": error.detail}}, error.status_code, error.headers)
-
-
-async def _internal_error(request: Request, error: Any) -> JSONResponse:
-    return await _refused(request, Refused(500, "internal", "internal error; the log has more"))
-
-
-async def _body(request: Request) -> bytes:
-    """The body, without ever holding more than the limit."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise Refused(413, "body_too_large", f"a body may have at most {MAX_BODY_BYTES} bytes")
-    return bytes(body)
+async def _answer_error(request: Request, error: Exception) -> JSONResponse:
+    instance = f"urn:uuid:{uuid.uuid4()}"
+    match error:
+        case HTTPException():
+            refusal = error
+        case RequestValidationError():
+            refusal = invalid_request(error)
+        case _:
+            _log.error("internal error %s: %r", instance, error)
+            refusal = Refused("internal", "internal error; the log of the endpoint names it by `instance`")
+    return problem_response(refusal, instance)
