@@ -420,13 +420,13 @@ def test_a_body_that_does_not_arrive_gives_504() -> None:
 def test_a_large_body_is_read_no_further_than_the_limit() -> None:
     sent = 0
 
-    async def endless() -> Any:
+    async def large() -> Any:
         nonlocal sent
-        while True:
+        for _ in range(64):
             sent += 2**16
             yield b" " * 2**16
 
-    answer, decoder = ask_fake(dict, content=endless())
+    answer, decoder = ask_fake(dict, content=large())
     require_problem(answer, 413, "body_too_large")
     assert MAX_BODY_BYTES < sent <= MAX_BODY_BYTES + 2 * 2**16
     assert decoder.queries == []
