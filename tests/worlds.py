@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tests.manifests import metadata_of
 from tiger_ray.artifacts.manifest import Manifest
 from tiger_ray.artifacts.storage import Storage
 from tiger_ray.core.hashing import fingerprint
@@ -124,7 +125,7 @@ def publish(
     inputs: dict[str, str] | None = None,
     settings: dict[str, Any] | None = None,
 ) -> Manifest:
-    """Tables and bytes as an artifact, as if its stage had written them."""
+    """Tables and bytes as an artifact, as if its stage had written them; metadata not given is that of `metadata_of`."""
     digests = {
         name: hashlib.sha256(
             file if isinstance(file, bytes) else file.to_pandas().to_json().encode()
@@ -142,5 +143,5 @@ def publish(
         files=entries,
         settings=settings or {},
         inputs=inputs or {},
-        metadata={"summary": "", **metadata},
+        metadata=metadata_of(artifact, summary="") | metadata,
     )

@@ -18,10 +18,8 @@ from tiger_ray.data.histories import (
     cuts_of,
     popularity_of,
     prepare_events,
-    require_holdout,
     seen_events,
 )
-from tiger_ray.errors import ArtifactError
 from tiger_ray.published.sequences import load_validation, open_examples
 from tiger_ray.settings.events import EventsSettings
 from tiger_ray.settings.sequences import SequencesSettings
@@ -239,7 +237,7 @@ def test_examples_are_the_seen_events_but_the_first():
     assert cuts_of(table, "leave_one_out").num_examples == 0 + 0 + 1 + 0 + 1 + 6
 
 
-def test_without_moments_an_artifact_is_what_it_was_and_cannot_be_split_by_time(tmp_path):
+def test_without_moments_an_artifact_is_what_it_was(tmp_path):
     storage, sequences = sequences_of([("a", 1, 1), ("b", 2, 2)], 3, str(tmp_path))
     for table, entry in zip(shards_of(storage, sequences), sequences.files, strict=True):
         assert table.schema == schemas.sequences(pa.string())
@@ -251,12 +249,3 @@ def test_without_moments_an_artifact_is_what_it_was_and_cannot_be_split_by_time(
             "validation_users_leave_one_out",
             "test_users_leave_one_out",
         }
-    built = sequences.model_copy(update={"metadata": {"examples_leave_one_out": 0, "examples_none": 0}})
-    for holdout in ("leave_one_out", "none"):
-        require_holdout(built, holdout)
-    with pytest.raises(
-        ArtifactError,
-        match=rf"sequences {sequences.run_id} were built without sequences\.validation_from and "
-        r"sequences\.test_from, which training\.holdout 'time' needs; set both and build them again",
-    ):
-        require_holdout(built, "time")

@@ -183,7 +183,7 @@ def test_the_table_has_every_ranker_its_difference_and_the_published_rows(
 
 def test_evaluations_of_other_users_are_not_compared(rivals: Rivals, evaluated: dict[str, Manifest]) -> None:
     fewer = rivals.run("popularity", date=TUESDAY, evaluation={"max_users": 50})
-    with pytest.raises(DataError, match=r"cannot be compared: evaluation\.max_users None and 50"):
+    with pytest.raises(ArtifactError, match=r"cannot be compared: evaluation\.max_users None and 50"):
         published_evaluation.paired_counts(rivals.storage, evaluated["model"], fewer, 10)
     other_histories = fewer.model_copy(update={"settings": evaluated["model"].settings})
     with pytest.raises(DataError, match="are not of the same users and targets"):

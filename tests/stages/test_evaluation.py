@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from tests.manifests import manifest_of, metadata_of
 from tiger_ray.artifacts import schemas
 from tiger_ray.artifacts.storage import Storage
-from tiger_ray.errors import DataError, TigerError
+from tiger_ray.errors import TigerError
 from tiger_ray.evaluation.tally import sum_of
-from tiger_ray.published import evaluation as published_evaluation
 from tiger_ray.rankers.base import Found, Histories, Rules
 from tiger_ray.settings.evaluation import EvaluationSettings
 from tiger_ray.stages import evaluation as harness
@@ -156,7 +156,7 @@ def test_parts_are_added_up_as_they_come():
 
 
 def test_why_nobody_is_left_is_said():
-    sequences = SimpleNamespace(metadata={"users": 7, "test_users_leave_one_out": 0})
+    sequences = manifest_of("sequences", metadata_of("sequences", users=7, test_users_leave_one_out=0))
     chosen = SimpleNamespace(evaluation=EvaluationSettings(max_users=1))
     assert "none of 7 users has the events that training.holdout" in harness._nobody(
         chosen, "leave_one_out", sequences
@@ -167,19 +167,3 @@ def test_why_nobody_is_left_is_said():
         said
         == "none of 5 users with a test event is left to evaluate after evaluation.max_users 1; change that"
     )
-
-
-def test_evaluations_of_other_settings_are_not_compared():
-    one, two = (
-        SimpleNamespace(artifact="evaluation", run_id=name, files=(), settings={"evaluation": evaluation})
-        for name, evaluation in (
-            ("a", {"ks": [5, 10], "exclude_history": False, "max_drop": 0.2}),
-            ("b", {"ks": [5], "exclude_history": False, "max_drop": 0.9}),
-        )
-    )
-    with pytest.raises(
-        DataError, match=r"cannot be compared: evaluation\.ks \[5, 10\] and \[5\]; evaluate both"
-    ):
-        published_evaluation.paired_counts(Storage("unused"), one, two, 10)
-    two.settings["evaluation"]["ks"] = [5, 10]
-    assert published_evaluation.paired_counts(Storage("unused"), one, two, 10).sum() == 0

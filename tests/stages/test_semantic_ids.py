@@ -251,7 +251,9 @@ def test_the_type_of_item_ids_may_not_change(at: Registry) -> None:
     settings = at.settings(TUESDAY)
     rows, *others = at.inputs(range(0, 50), settings)
     rows = rows.model_copy(update={"metadata": {**rows.metadata, "id_type": "int64"}})
-    with pytest.raises(DataError, match=r"item_id is int64, but the registry .* started with string"):
+    with pytest.raises(
+        DataError, match=r"item_id is int64 in catalog of .*, but the registry .* started with string"
+    ):
         run(registry.STAGE, settings, at.storage, rows, *others)
 
 

@@ -1,13 +1,17 @@
 """A stage computes only what no complete run has, and never replaces what is published unless told to."""
 
+import json
 import logging
+import re
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pytest
 
+from tests.manifests import metadata_of
+from tiger_ray.artifacts.metadata import SequencesMetadata
 from tiger_ray.artifacts.storage import Storage
-from tiger_ray.errors import PublishError, TigerError
+from tiger_ray.errors import ArtifactError, PublishError, TigerError
 from tiger_ray.settings.settings import Settings
 from tiger_ray.stages import stage
 from tiger_ray.stages.stage import Stage, run_stage
@@ -25,7 +29,17 @@ class Night:
     format_version: int = 3
 
     def run(
-        self, date=MONDAY, value=1, *, source=None, seed=0, draws=True, inputs=None, fail=False, **changed
+        self,
+        date=MONDAY,
+        value=1,
+        *,
+        source=None,
+        seed=0,
+        draws=True,
+        inputs=None,
+        fail=False,
+        metadata=None,
+        **changed,
     ):
         settings = Settings(
             date=date,
@@ -41,7 +55,7 @@ class Night:
             entry = run.write_table("shard-00000.parquet", pa.table({"value": [value]}))
             if fail:
                 raise TigerError("the worker died")
-            return [entry], {"summary": f"value {value}", "value": value}
+            return [entry], metadata_of("sequences", summary=f"value {value}", users=value) | (metadata or {})
 
         tested = Stage(
             name="sequences",
@@ -75,7 +89,7 @@ def test_the_first_run_computes_publishes_and_says_so(night, caplog):
     assert night.storage.published("sequences", MONDAY) == result.manifest
     assert night.storage.resolve("sequences") == result.manifest
     assert result.manifest.settings["sequences"]["max_events"] == 5
-    assert result.manifest.metadata["value"] == 1
+    assert result.manifest.metadata["users"] == 1
     line = caplog.messages[-1]
     assert line.startswith("sequences ")
     assert line.rstrip().endswith(f"value 1  {night.storage.root}/sequences/date={MONDAY}")
@@ -131,10 +145,10 @@ def test_replace_puts_the_new_result_in_place_of_the_old(night):
     night.run(value=1)
     replaced = night.run(value=2, max_events=7, replace=True)
     assert replaced.status == "computed"
-    assert night.storage.published("sequences", MONDAY).metadata["value"] == 2
+    assert night.storage.published("sequences", MONDAY).metadata["users"] == 2
     # and back again, from the run that is still there
     back = night.run(value=1, replace=True)
-    assert (back.status, back.manifest.metadata["value"]) == ("reused", 1)
+    assert (back.status, back.manifest.metadata["users"]) == ("reused", 1)
     assert len(night.computed) == 2
 
 
@@ -189,3 +203,43 @@ def test_replace_computes_again_only_what_is_damaged(night, tmp_path):
     assert again.status == "computed"
     assert night.storage.read_table(again.manifest, entry.name).num_rows == 1
     assert night.storage.published("sequences", MONDAY) == again.manifest
+
+
+@pytest.mark.parametrize(
+    ("metadata", "problem"),
+    [
+        ({"users": "many"}, r"metadata\.users is 'many'"),
+        ({"users": None}, r"metadata\.users is None"),
+        ({"users_tiem": 1}, r"metadata\.users_tiem is no field of SequencesMetadata"),
+    ],
+)
+def test_metadata_that_no_later_stage_could_read_is_not_published(night, metadata, problem):
+    with pytest.raises(
+        ArtifactError, match=rf"the stage of sequences returned metadata .*{problem}.* Nothing was"
+    ):
+        night.run(metadata=metadata)
+    assert night.storage.published("sequences", MONDAY) is None
+
+
+def test_a_damaged_manifest_is_restored_as_its_error_says(night, tmp_path):
+    """Both copies of the manifest lack a field: that of the date, and that of the run."""
+    good = night.run()
+    root = tmp_path / "root" / "sequences"
+    copies = [
+        root / f"date={MONDAY}" / "_manifest.json",
+        root / "_runs" / good.manifest.run_id / "_manifest.json",
+    ]
+    for copy in copies:
+        content = json.loads(copy.read_text())
+        del content["metadata"]["events"], content["settings"]["sequences"]
+        copy.write_text(json.dumps(content))
+    with pytest.raises(ArtifactError, match=r"metadata\.events is missing") as refused:
+        SequencesMetadata.of(night.storage.resolve("sequences"))
+    remedy = re.search(
+        r"remove (\S+) below storage\.root, and run the night of (\S+) again with", str(refused.value)
+    )
+    (tmp_path / "root" / remedy[1]).unlink()
+    restored = night.run(remedy[2], replace=True).manifest
+    assert night.storage.resolve("sequences") == restored
+    assert (restored.run_id, restored.digest) == (good.manifest.run_id, good.manifest.digest)
+    assert restored.setting("sequences") == good.manifest.setting("sequences")

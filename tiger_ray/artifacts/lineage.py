@@ -1,37 +1,38 @@
-"""Which artifacts belong together: every rule of lineage, decided from the manifests alone."""
+"""Which artifacts belong together: every rule of lineage, decided from the manifests alone.
+
+A `require_` function raises, and its error names both sides, what differs, and what to run or to set.
+"""
 
 from __future__ import annotations
 
 from datetime import datetime
 
 from tiger_ray.artifacts.manifest import FileEntry, Manifest
-from tiger_ray.errors import ArtifactError
+from tiger_ray.artifacts.metadata import (
+    CatalogMetadata,
+    EvaluationMetadata,
+    ModelMetadata,
+    RegistryMetadata,
+    SemanticIdsMetadata,
+    SequencesMetadata,
+)
+from tiger_ray.errors import ArtifactError, DataError
 from tiger_ray.settings.settings import Settings
 
+GATES = ("min_ratio_to_popularity", "max_drop")
+"""Settings of section evaluation that change no list and no metric."""
 
-def id_space(manifest: Manifest) -> str:
+
+def id_space(semantic_ids: Manifest) -> str:
     """What a model must share with the Semantic IDs it reads: the quantizer and the sizes of the levels."""
-    return str(manifest.metadata["space"])
+    return SemanticIdsMetadata.of(semantic_ids).space
 
 
-def registry_of(manifest: Manifest) -> Manifest:
+def registry_of(semantic_ids: Manifest) -> Manifest:
     """The manifest without tonight's eligibility: an item that runs out of stock must not retrain a model."""
-    kept = ("items", "level_sizes", "space", "item_id_type")
-    metadata = {name: manifest.metadata[name] for name in kept}
-    return manifest.model_copy(update={"files": tuple(segments_of(manifest)), "metadata": metadata})
-
-
-def require_same_registry(sequences: Manifest, semantic_ids: Manifest) -> None:
-    """Refuse histories whose `item_index` means the items of another registry, from the manifests alone.
-
-    Raises:
-        ArtifactError: names both, and the job that makes them fit.
-    """
-    if sequences.inputs["semantic_ids"] != registry_of(semantic_ids).digest:
-        raise ArtifactError(
-            f"sequences {sequences.run_id} were not built on Semantic IDs {semantic_ids.run_id}; build them again "
-            "(jobs/build_sequences.py)"
-        )
+    kept = {"items", "level_sizes", "space", "item_id_type"}
+    metadata = RegistryMetadata.of(semantic_ids).model_dump(mode="json", include=kept)
+    return semantic_ids.model_copy(update={"files": tuple(segments_of(semantic_ids)), "metadata": metadata})
 
 
 def segments_of(manifest: Manifest) -> list[FileEntry]:
@@ -41,35 +42,127 @@ def segments_of(manifest: Manifest) -> list[FileEntry]:
     )
 
 
+def is_of_model(evaluation: Manifest, model: Manifest) -> bool:
+    """Is it this model that was evaluated?"""
+    return evaluation.input("model") == model.digest
+
+
+def require_same_registry(sequences: Manifest, semantic_ids: Manifest) -> None:
+    """Refuse histories whose `item_index` means the items of another registry.
+
+    Raises:
+        ArtifactError: names both registries, and the job that makes them fit.
+    """
+    theirs, ours = sequences.input("semantic_ids"), registry_of(semantic_ids).digest
+    if theirs != ours:
+        raise ArtifactError(
+            f"{sequences.title} are histories of the registry {theirs[:12]}: they were not built on Semantic IDs "
+            f"{semantic_ids.run_id} of {semantic_ids.date}, which are the registry {ours[:12]}. Build the histories "
+            "again (jobs/build_sequences.py)"
+        )
+
+
+def require_same_id_type(catalog: Manifest, registry: Manifest) -> None:
+    """Refuse a catalog whose item ids are of another type than those of the registry that it is appended to.
+
+    Raises:
+        DataError: names both types.
+    """
+    found, started = CatalogMetadata.of(catalog).id_type, RegistryMetadata.of(registry).item_id_type
+    if found != started:
+        raise DataError(
+            f"item_id is {found} in {catalog.title}, but the registry of Semantic IDs (run {registry.run_id}) was "
+            f"started with {started}; ids of another type are other ids. Keep the type, or start a new registry by "
+            "raising quantizer.version"
+        )
+
+
 def require_same_id_space(model: Manifest, semantic_ids: Manifest) -> None:
-    """Refuse a model that was trained on other Semantic IDs, from the manifests alone.
+    """Refuse a model that was trained on other Semantic IDs.
 
     Raises:
         ArtifactError: names both ID spaces.
     """
-    if model.metadata["space"] != id_space(semantic_ids):
+    theirs, ours = ModelMetadata.of(model).space, id_space(semantic_ids)
+    if theirs != ours:
         raise ArtifactError(
-            f"model {model.run_id} was trained on ID space {model.metadata['space']}, but Semantic IDs "
-            f"{semantic_ids.run_id} are of {id_space(semantic_ids)}; train a model on them (jobs/train_model.py)"
+            f"{model.title} was trained on ID space {theirs}, but Semantic IDs {semantic_ids.run_id} of "
+            f"{semantic_ids.date} are of {ours}; train a model on them (jobs/train_model.py)"
+        )
+
+
+def require_holdout(sequences: Manifest, holdout: str) -> None:
+    """Refuse histories that do not know the moments of the time split, if `training.holdout` asks for them.
+
+    Raises:
+        ArtifactError: names the settings.
+    """
+    if SequencesMetadata.of(sequences).examples(holdout) is None:
+        raise ArtifactError(
+            f"{sequences.title} were built without sequences.validation_from and sequences.test_from, "
+            f"which training.holdout {holdout!r} needs; set both and build them again (jobs/build_sequences.py)"
+        )
+
+
+def require_same_histories(model: Manifest, sequences: Manifest) -> None:
+    """Refuse to evaluate a model on histories that it was not trained on: it may know what they hold out.
+
+    Raises:
+        ArtifactError: names both.
+    """
+    theirs = model.input("sequences")
+    if theirs != sequences.digest:
+        raise ArtifactError(
+            f"{model.title} was trained on other histories ({theirs[:12]}) than {sequences.title} "
+            f"({sequences.digest[:12]}): it may have seen the events it would be asked for. Train a model on these "
+            "(jobs/train_model.py)"
+        )
+
+
+def require_same_protocol(evaluation: Manifest, other: Manifest) -> None:
+    """Refuse to compare two evaluations that were not made in the same way; which ranker was evaluated is free.
+
+    Raises:
+        ArtifactError: names both, and each setting that differs.
+    """
+    ours, theirs = evaluation.setting("evaluation"), other.setting("evaluation")
+    differ = [
+        f"evaluation.{name} {ours.get(name)} and {theirs.get(name)}"
+        for name in dict.fromkeys([*ours, *theirs])
+        if name not in GATES and ours.get(name) != theirs.get(name)
+    ]
+    split, their_split = (EvaluationMetadata.of(each).protocol.split for each in (evaluation, other))
+    if split != their_split and not differ:
+        differ = [f"training.holdout gave the splits {split!r} and {their_split!r}"]
+    if differ:
+        raise ArtifactError(
+            f"{evaluation.title} and {other.title} cannot be compared: {', '.join(differ)}; evaluate both with the "
+            "same training.holdout and the same section evaluation (jobs/evaluate.py, jobs/baseline.py)"
         )
 
 
 def require_same_model(last: Manifest, settings: Settings, semantic_ids: Manifest) -> None:
     """Refuse to start from a model whose weights mean something else, or know what tonight hides.
 
+    Args:
+        last: the model to start from.
+        settings: of tonight.
+        semantic_ids: of tonight.
+
     Raises:
-        ArtifactError: it is of another ID space, holdout or shape; names both.
+        ArtifactError: the model is of another ID space, holdout or shape; names both.
     """
     advice = (
         "Set training.warm_start to false for this night, with training.num_steps for a training from scratch"
     )
-    if last.metadata["space"] != id_space(semantic_ids):
+    theirs, ours = ModelMetadata.of(last).space, id_space(semantic_ids)
+    if theirs != ours:
         raise ArtifactError(
             f"training.warm_start: the model of {last.date} writes Semantic IDs of ID space "
-            f"{last.metadata['space']}, tonight's are of {id_space(semantic_ids)}. {advice}"
+            f"{theirs}, tonight's are of {ours}. {advice}"
         )
     _require_hidden_from(last, settings)
-    before, now = last.settings["model"], settings.model.model_dump(mode="json")
+    before, now = last.setting("model"), settings.model.model_dump(mode="json")
     shape = {name: value for name, value in now.items() if name not in ("dropout", "max_history")}
     changed = [
         f"model.{name} {before.get(name)!r} -> {shape[name]!r}"
@@ -88,18 +181,20 @@ def _require_hidden_from(last: Manifest, settings: Settings) -> None:
     Of leave-one-out's validation events it has seen a few: an event that was a user's second and last was trained
     on, and is one for validation when a third has come.
     """
-    tonight, before = settings.training.holdout, last.metadata["holdout"]
+    tonight, before = settings.training.holdout, ModelMetadata.of(last).holdout
     if tonight == "none":
         return
-    moment = "validation_from"
-    begins, began = getattr(settings.sequences, moment), last.settings["sequences"][moment]
+    begins, said = settings.sequences.validation_from, ""
     if tonight != before:
         said = f"training.holdout {before!r}, tonight's is {tonight!r}"
-    elif tonight == "time" and begins < datetime.fromisoformat(began):
-        said = f"sequences.{moment} {began}, tonight's is {begins}"
-    else:
-        return
-    raise ArtifactError(
-        f"training.warm_start: the model of {last.date} was trained with {said}: it may have seen events that tonight "
-        "are hidden, and would be praised for knowing them. Set training.warm_start to false for this night"
-    )
+    elif tonight == "time":
+        began = last.setting("sequences", "validation_from")
+        if began is None:
+            raise last.damaged("settings.sequences.validation_from is null, but metadata.holdout is 'time'")
+        if begins is not None and begins < datetime.fromisoformat(began):
+            said = f"sequences.validation_from {began}, tonight's is {begins}"
+    if said:
+        raise ArtifactError(
+            f"training.warm_start: the model of {last.date} was trained with {said}: it may have seen events that "
+            "tonight are hidden, and would be praised for knowing them. Set training.warm_start to false for this night"
+        )

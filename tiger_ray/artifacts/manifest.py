@@ -47,6 +47,20 @@ class FileEntry(_Value):
         """The file's name within its run."""
         return self.path.rsplit("/", 1)[-1]
 
+    def fact(self, name: str) -> int:
+        """One count of the file.
+
+        Raises:
+            ArtifactError: the manifest does not have it; names the file, the fact, and how to restore it.
+        """
+        if name not in self.facts:
+            raise ArtifactError(
+                f"the manifest is damaged: file {self.path} has no fact {name!r}, only "
+                f"{', '.join(sorted(self.facts)) or 'none'}. To restore it, remove _manifest.json from "
+                f"{self.path.rsplit('/', 2)[0]}, and run the night again with --storage.replace true"
+            )
+        return self.facts[name]
+
     @field_validator("path")
     @classmethod
     def _path_stays_inside_runs(cls, path: str) -> str:
@@ -90,6 +104,11 @@ class Manifest(_Value):
         """Total rows of all files."""
         return sum(entry.rows for entry in self.files)
 
+    @property
+    def title(self) -> str:
+        """Artifact, date and run, as errors name them."""
+        return f"{self.artifact} of {self.date or 'no date'} (run {self.run_id})"
+
     def file(self, name: str) -> FileEntry:
         """The entry with this name.
 
@@ -100,9 +119,46 @@ class Manifest(_Value):
             if entry.name == name:
                 return entry
         raise ArtifactError(
-            f"{self.artifact} of {self.date or 'no date'} (run {self.run_id}) has no file {name!r}; "
+            f"{self.title} has no file {name!r}; "
             f"it has {len(self.files)}: {', '.join(entry.name for entry in self.files[:5])}"
         )
+
+    def setting(self, *names: str) -> Any:
+        """One setting that the run was computed with: `setting("sequences", "test_from")`, `setting("seed")`.
+
+        Raises:
+            ArtifactError: the manifest does not have it.
+        """
+        found: Any = self.settings
+        for name in names:
+            if not isinstance(found, dict) or name not in found:
+                raise self.damaged(f"settings.{'.'.join(names)} is missing")
+            found = found[name]
+        return found
+
+    def input(self, name: str) -> str:
+        """Digest of one artifact that the run was computed from.
+
+        Raises:
+            ArtifactError: the manifest does not have it.
+        """
+        if name not in self.inputs:
+            raise self.damaged(f"inputs.{name} is missing")
+        return self.inputs[name]
+
+    def damaged(self, problem: str) -> ArtifactError:
+        """The error for a manifest that lacks what a reader needs; `problem` names the field."""
+        if self.date:
+            remedy = (
+                f"To restore it, remove {self.artifact}/_runs/{self.run_id}/_manifest.json below storage.root, and "
+                f"run the night of {self.date} again with --storage.replace true"
+            )
+        else:
+            remedy = (
+                f"It is the head of a chain below {self.artifact}/_heads of storage.root; restore that file "
+                "from a backup, or start a new registry by raising quantizer.version"
+            )
+        return ArtifactError(f"the manifest of {self.title} is damaged: {problem}. {remedy}")
 
 
 def manifest_json(manifest: Manifest) -> bytes:

@@ -285,7 +285,7 @@ class Storage(Objects):
             there = self.store.get(key)
             if there is not None:
                 held = self._parse_manifest(key, there.data, mine.artifact, mine.date)
-                if held.fingerprint == mine.fingerprint and (not replace or held.files == mine.files):
+                if held.fingerprint == mine.fingerprint and (not replace or held == mine):
                     return held
                 if there.etag != replaceable:
                     raise PublishError(self._refusal(held, mine, replace))

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from tiger_ray.artifacts.files import shard_name
 from tiger_ray.artifacts.inventory import holdings
 from tiger_ray.artifacts.manifest import Manifest
+from tiger_ray.artifacts.metadata import RecommendationsMetadata, SemanticIdsMetadata, SequencesMetadata
 from tiger_ray.artifacts.record import Record, read_record
 from tiger_ray.artifacts.storage import Storage
 from tiger_ray.cli.job import NO_DATE, open_storage
@@ -124,8 +125,8 @@ def show_user(words: Sequence[str], user: str) -> None:
 
 def _user_row(night: _Night, sequences: Manifest, user: str) -> tuple[dict[str, Any], str]:
     """user_id and history (item_index, oldest first) of one user, and the name of the one shard that was read."""
-    key = _id_of(user, sequences.metadata["user_id_type"], "user")
-    shard = shard_of(stable_hash(pa.array([key])), sequences.settings["sequences"]["num_shards"])
+    key = _id_of(user, SequencesMetadata.of(sequences).user_id_type, "user")
+    shard = shard_of(stable_hash(pa.array([key])), sequences.setting("sequences", "num_shards"))
     name = shard_name(int(shard[0]))
     if name in {entry.name for entry in sequences.files}:
         users = night.storage.read_table(sequences, name, columns=["user_id", "history"])
@@ -133,7 +134,7 @@ def _user_row(night: _Night, sequences: Manifest, user: str) -> tuple[dict[str, 
         if found:
             return found[0], name
     raise DataError(
-        f"no user {user!r} is among the {int(sequences.metadata['users']):,} users of {night.date}: no event of a known "
+        f"no user {user!r} is among the {SequencesMetadata.of(sequences).users:,} users of {night.date}: no event of a known "
         "kind names the id. Check the spelling, or the column events.user_id"
     )
 
@@ -142,7 +143,7 @@ def _list_of(storage: Storage, recommendations: Manifest, shard: str, user: Any)
     """One dictionary for each recommended item, best first."""
     rows = storage.read_table(recommendations, shard)
     own = rows.filter(_equals(rows.column("user_id"), user))
-    if recommendations.metadata["form"] == "long":
+    if RecommendationsMetadata.of(recommendations).form == "long":
         return own.sort_by("rank").to_pylist()
     names = {"item_id": "item_ids", "score": "scores", "semantic_id": "semantic_ids", "source": "sources"}
     return [
@@ -164,7 +165,7 @@ def _notes(
     notes = []
     if not history:
         notes.append("the history is empty: every event of this user names an item that the catalog lacks")
-    max_events = sequences.settings["sequences"]["max_events"]
+    max_events = sequences.setting("sequences", "max_events")
     if len(history) == max_events:
         notes.append(
             f"older events may have been left out: sequences.max_events keeps {max_events:,} per user"
@@ -184,10 +185,10 @@ def _notes(
         notes.append("items of the history were left out (recommendations.exclude_history)")
     if slots and slots[0]["source"] == "fallback":
         notes.append("the model knows nothing of this user, so the list holds the most popular items")
-    top_k = int(recommendations.metadata["top_k"])
+    top_k = RecommendationsMetadata.of(recommendations).top_k
     if len(slots) < top_k:
         notes.append(
-            f"{len(slots)} of {top_k} items were found: {int(recommendations.metadata['eligible_items']):,} items may be "
+            f"{len(slots)} of {top_k} items were found: {RecommendationsMetadata.of(recommendations).eligible_items:,} items may be "
             "recommended tonight, and the beam search kept no others (decoding.beam_width)"
         )
     if recommendations.inputs["sequences"] != sequences.digest:
@@ -213,7 +214,7 @@ def show_item(words: Sequence[str], item: str) -> None:
     semantic_ids, catalog = night.manifest("semantic_ids"), night.published("catalog")
     recommendations = night.published("recommendations")
     ids = load_semantic_ids(night.storage, semantic_ids)
-    key = _id_of(item, semantic_ids.metadata["item_id_type"], "item")
+    key = _id_of(item, SemanticIdsMetadata.of(semantic_ids).item_id_type, "item")
     index = int(ids.lookup(pa.array([key], ids.item_id.type))[0])
     if index < 0:
         raise DataError(
@@ -269,7 +270,7 @@ def _times_recommended(storage: Storage, recommendations: Manifest, item: Any) -
     """Users whose list holds the item, and users whose list begins with it; one file is in memory at a time."""
     users = firsts = 0
     for entry in recommendations.files:
-        if recommendations.metadata["form"] == "long":
+        if RecommendationsMetadata.of(recommendations).form == "long":
             rows = storage.read_table(recommendations, entry, columns=["item_id", "rank"])
             rank = rows.filter(_equals(rows.column("item_id"), item)).column("rank").to_numpy()
         else:
@@ -290,7 +291,7 @@ def _ranks_in(lists: pa.ListArray, item: Any) -> np.ndarray:
 
 
 def _num_users(recommendations: Manifest) -> int:
-    return int(recommendations.metadata["users"])
+    return RecommendationsMetadata.of(recommendations).users
 
 
 # A night

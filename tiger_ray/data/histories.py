@@ -18,7 +18,6 @@ from tiger_ray.artifacts.manifest import FileEntry, Manifest
 from tiger_ray.artifacts.schemas import MOMENTS
 from tiger_ray.core.hashing import shard_of, stable_hash
 from tiger_ray.data.events import is_complete, wanted_rows
-from tiger_ray.errors import ArtifactError
 from tiger_ray.settings.events import EventsSettings
 from tiger_ray.settings.sequences import SequencesSettings
 
@@ -61,19 +60,6 @@ def user_shards(manifest: Manifest) -> list[FileEntry]:
 def holdouts(has_moments: bool) -> list[str]:
     """The holdouts that can cut a sequences artifact, with or without the moments of the time split."""
     return [name for name in POPULARITY_COLUMNS if has_moments or name != "time"]
-
-
-def require_holdout(sequences: Manifest, holdout: str) -> None:
-    """Refuse sequences that lack the moments of the time split where the holdout needs them.
-
-    Raises:
-        ArtifactError: names the settings to set.
-    """
-    if f"examples_{holdout}" not in sequences.metadata:
-        raise ArtifactError(
-            f"sequences {sequences.run_id} were built without sequences.validation_from and sequences.test_from, "
-            f"which training.holdout {holdout!r} needs; set both and build them again (jobs/build_sequences.py)"
-        )
 
 
 def columns_for(holdout: str) -> list[str]:

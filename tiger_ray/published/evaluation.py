@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from tiger_ray.artifacts import schemas
+from tiger_ray.artifacts.lineage import is_of_model, require_same_protocol
 from tiger_ray.artifacts.manifest import FileEntry, Manifest
 from tiger_ray.artifacts.storage import Storage
 from tiger_ray.errors import DataError
@@ -19,10 +20,6 @@ from tiger_ray.settings.settings import Settings
 
 METRICS_FILE = "metrics.json"
 """All that is known of the lists of an evaluation."""
-
-
-GATES = ("min_ratio_to_popularity", "max_drop")
-"""Settings of section evaluation that change no list and no metric."""
 
 
 def load_metrics(storage: Storage, evaluated: Manifest) -> dict[str, Any]:
@@ -42,7 +39,8 @@ def paired_counts(
     """Users by their ranks in two evaluations, (C, C) int64, as `evaluation.joint_rank_counts`.
 
     Raises:
-        DataError: they are not of the same protocol, users and targets.
+        ArtifactError: they are not of the same protocol.
+        DataError: they are not of the same users and targets.
     """
     joint_CC = np.zeros((num_places + 1, num_places + 1), np.int64)
     for one, two in _shard_pairs(storage, evaluated, other):
@@ -54,7 +52,8 @@ def recall_of(storage: Storage, evaluated: Manifest, other: Manifest, k: int) ->
     """Mean over users of the share of the other evaluation's first k items that are among the first k of this one.
 
     Raises:
-        DataError: they are not of the same protocol, users and targets.
+        ArtifactError: they are not of the same protocol.
+        DataError: they are not of the same users and targets.
     """
     share, users = 0.0, 0
     for one, two in _shard_pairs(storage, evaluated, other):
@@ -68,16 +67,7 @@ def _shard_pairs(
     storage: Storage, evaluated: Manifest, other: Manifest
 ) -> Iterator[tuple[pa.Table, pa.Table]]:
     """Lists of two evaluations, a shard at a time, of the same users in the same order."""
-    differ = [
-        f"evaluation.{name} {value} and {other.settings['evaluation'][name]}"
-        for name, value in evaluated.settings["evaluation"].items()
-        if name not in GATES and other.settings["evaluation"][name] != value
-    ]
-    if differ:
-        raise DataError(
-            f"{evaluated.artifact} {evaluated.run_id} and {other.artifact} {other.run_id} cannot be compared: "
-            f"{', '.join(differ)}; evaluate both with the same section evaluation"
-        )
+    require_same_protocol(evaluated, other)
     theirs = {entry.name: entry for entry in list_shards(other)}
     for entry in list_shards(evaluated):
         one = storage.read_table(evaluated, entry)
@@ -99,4 +89,4 @@ def _ranks(lists: pa.Table) -> npt.NDArray[np.int64]:
 def evaluation_of(storage: Storage, settings: Settings, model: Manifest) -> Manifest | None:
     """The evaluation of this model that is published for the night, if one is."""
     published = storage.published("evaluation", settings.date)
-    return published if published is not None and published.inputs["model"] == model.digest else None
+    return published if published is not None and is_of_model(published, model) else None

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from tiger_ray.artifacts.manifest import Manifest
+from tiger_ray.artifacts.metadata import SequencesMetadata
 from tiger_ray.artifacts.storage import Storage
 from tiger_ray.ids.semantic_ids import SemanticIds
 from tiger_ray.model.tokens import Vocabulary
@@ -77,7 +78,7 @@ def open_popularity(storage: Storage, sequences: Manifest, rules: Rules) -> Popu
     events_N = np.zeros(len(rules.eligible_N), np.int64)
     events_N[table.column("item_index").to_numpy()] = table.column("events").to_numpy()
     # The table holds the most popular items only; scores are shares of the events of all items.
-    return Popularity(events_N, rules, int(sequences.metadata["events"]))
+    return Popularity(events_N, rules, SequencesMetadata.of(sequences).events)
 
 
 def _tiger(

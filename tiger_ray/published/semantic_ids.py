@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from tiger_ray.artifacts.lineage import segments_of
 from tiger_ray.artifacts.manifest import FileEntry, Manifest
+from tiger_ray.artifacts.metadata import SemanticIdsMetadata
 from tiger_ray.artifacts.objects import Objects
 from tiger_ray.ids.semantic_ids import SemanticIds
 
@@ -19,7 +20,7 @@ def load_semantic_ids(storage: Objects, manifest: Manifest) -> SemanticIds:
     """The published registry with tonight's eligibility, checked; item ids on disk, memory-mapped."""
     segments = (storage.read_table(manifest, entry) for entry in segments_of(manifest))
     eligible = storage.read_table(manifest, "eligible.parquet").column("eligible").combine_chunks()
-    level_sizes = tuple(manifest.metadata["level_sizes"])
+    level_sizes = SemanticIdsMetadata.of(manifest).level_sizes
     mapped = _memory_mapped(segments)
     pieces = [pa.Table.from_batches([batch]) for batch in mapped.to_batches()] or [mapped]
     ids = SemanticIds.from_segments(pieces, level_sizes, eligible)

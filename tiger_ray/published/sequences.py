@@ -26,7 +26,7 @@ def read_corpus(storage: Storage, sequences: Manifest, shards: Sequence[FileEntr
         ArtifactError: a shard is missing or damaged.
     """
     # Filled shard by shard: joining parts at the end would take twice the memory.
-    item_index_E = np.empty(sum(entry.facts["events"] for entry in shards), np.int32)
+    item_index_E = np.empty(sum(entry.fact("events") for entry in shards), np.int32)
     num_events, num_examples, ends, hashes = 0, 0, [], []
     for entry in shards:
         columns = [*columns_for(holdout), "user_hash"]
@@ -69,11 +69,11 @@ def open_examples(
     Raises:
         DataError: the events do not fit into memory, and neither does one user shard.
     """
-    shards = [entry for entry in user_shards(sequences) if entry.facts[f"examples_{holdout}"]]
-    events_S = np.array([entry.facts["events"] for entry in shards], np.int64)
+    shards = [entry for entry in user_shards(sequences) if entry.fact(f"examples_{holdout}")]
+    events_S = np.array([entry.fact("events") for entry in shards], np.int64)
     examples = Examples(
         events_S,
-        np.array([entry.facts[f"examples_{holdout}"] for entry in shards], np.int64),
+        np.array([entry.fact(f"examples_{holdout}") for entry in shards], np.int64),
         lambda some: read_corpus(storage, sequences, [shards[shard] for shard in some], holdout),
         max_history=max_history,
         events_in_memory=events_in_memory,

@@ -114,13 +114,13 @@ def _row(
     found = load_metrics(storage, evaluated)
     difference = None
     if reference is not None and reference.run_id != evaluated.run_id:
-        ks = evaluated.settings["evaluation"]["ks"]
+        ks = evaluated.setting("evaluation", "ks")
         joint_CC = paired_counts(storage, evaluated, reference, _places(evaluated))
-        estimates = differences(joint_CC, ks, seed=evaluated.settings["seed"])
+        estimates = differences(joint_CC, ks, seed=evaluated.setting("seed"))
         difference = {name: asdict(estimate) for name, estimate in estimates.items()}
     apart = ("model", "protocol", "periods", "training")
     details = {name: value for name, value in found.items() if name not in apart}
-    if exact is not None and evaluated.inputs["model"] == exact.inputs["model"] and _places(evaluated) >= TOP:
+    if exact is not None and evaluated.input("model") == exact.input("model") and _places(evaluated) >= TOP:
         details["shown"] = {**found["shown"], "of_exact": recall_of(storage, evaluated, exact, TOP)}
     # The gate ignores periods and training budget, but readers of the table need them.
     protocol = {**found["protocol"], "periods": found["periods"], "training": found["training"]}
@@ -128,7 +128,7 @@ def _row(
 
 
 def _places(evaluated: Manifest) -> int:
-    return max(evaluated.settings["evaluation"]["ks"])
+    return max(evaluated.setting("evaluation", "ks"))
 
 
 def published_row(line: Mapping[str, str]) -> Row:

@@ -23,6 +23,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from tiger_ray.artifacts import schemas
 from tiger_ray.artifacts.files import MODEL_FILES
 from tiger_ray.artifacts.manifest import Manifest
+from tiger_ray.artifacts.metadata import EvaluationMetadata, ModelMetadata, SemanticIdsMetadata
 from tiger_ray.artifacts.storage import Storage
 from tiger_ray.artifacts.store import parse_uri
 from tiger_ray.errors import SettingsError, StorageError
@@ -224,12 +225,13 @@ def model_card(
         evaluation: manifest of the evaluation of this very model; None: the card says that there is none.
     """
     vocabulary, own = network.vocabulary, network.settings
+    trained, registry = ModelMetadata.of(model), SemanticIdsMetadata.of(semantic_ids)
     data = {
         "model": model.digest,
         **{f"{name} it was trained on": digest for name, digest in model.inputs.items()},
-        "ID space (quantizer and sizes of the levels)": model.metadata["space"],
+        "ID space (quantizer and sizes of the levels)": trained.space,
         "semantic_ids of this folder": semantic_ids.digest,
-        "items": f"{semantic_ids.metadata['items']:,}, {semantic_ids.metadata['eligible']:,} of them eligible",
+        "items": f"{registry.items:,}, {registry.eligible:,} of them eligible",
     }
     user = "Users have no token of their own: equal histories get equal items."
     if vocabulary.num_user_buckets:
@@ -254,9 +256,9 @@ def model_card(
         user=user,
         metrics=_metrics(model, evaluation),
         data="\n".join(f"| {name} | {value} |" for name, value in data.items()),
-        summary=model.metadata["summary"],
-        seed=model.settings["seed"],
-        settings=json.dumps({name: model.settings[name] for name in ("model", "training")}, indent=2),
+        summary=trained.summary,
+        seed=model.setting("seed"),
+        settings=json.dumps({name: model.setting(name) for name in ("model", "training")}, indent=2),
         software=", ".join(f"{name} {version}" for name, version in model.software.items()),
     )
 
@@ -308,12 +310,16 @@ def _results(model: Manifest, evaluation: Manifest) -> list[EvalResult]:
 
 
 def _metrics(model: Manifest, evaluation: Manifest | None) -> str:
+    trained = ModelMetadata.of(model)
     if evaluation is None:
-        return f"None is published for {model.date} and this model (training.holdout {model.metadata['holdout']})."
-    protocol, decoding = evaluation.metadata["protocol"], evaluation.settings["decoding"]
+        return f"None is published for {model.date} and this model (training.holdout {trained.holdout})."
+    protocol, precision = (
+        EvaluationMetadata.of(evaluation).protocol,
+        evaluation.setting("decoding", "precision"),
+    )
     return (
         f"```\n{metrics_table(evaluation, model)}\n```\n\n"
-        f"One training (seed {model.settings['seed']}; {model.metadata['summary']}). Items {protocol['items']}, "
-        f"temperature {protocol['temperature']}, decoded in {decoding['precision']} (seed "
-        f"{evaluation.settings['seed']}). A hit is the item itself, with its whole Semantic ID."
+        f"One training (seed {model.setting('seed')}; {trained.summary}). Items {protocol.items}, "
+        f"temperature {protocol.temperature}, decoded in {precision} (seed "
+        f"{evaluation.setting('seed')}). A hit is the item itself, with its whole Semantic ID."
     )

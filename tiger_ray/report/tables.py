@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from tiger_ray.artifacts.files import shard_name
 from tiger_ray.artifacts.manifest import Manifest
+from tiger_ray.artifacts.metadata import EvaluationMetadata, ModelMetadata, RecommendationsMetadata
 from tiger_ray.artifacts.storage import Storage
 from tiger_ray.core.hashing import shard_of, stable_hash
 from tiger_ray.published.semantic_ids import load_item_ids
@@ -35,26 +36,19 @@ def metrics_table(evaluation: Manifest | None, model: Manifest) -> str:
     """Metrics of the model beside popularity, with the protocol of the evaluation."""
     if evaluation is None:
         return "no evaluation: training saw every event (training.holdout none)"
-    model_metrics, popularity = evaluation.metadata["model"], evaluation.metadata["popularity"]
-    names = [
-        f"{metric}@{k}" for metric in ("recall", "ndcg") for k in evaluation.settings["evaluation"]["ks"]
-    ]
+    found = EvaluationMetadata.of(evaluation)
+    names = [f"{metric}@{k}" for metric in ("recall", "ndcg") for k in evaluation.setting("evaluation", "ks")]
     lines = [f"{'':<12}" + "".join(f"{name:>12}" for name in names)]
-    for label, metrics in (("TIGER", model_metrics), ("popularity", popularity)):
-        lines.append(f"{label:<12}" + "".join(f"{metrics[name]:>12.4f}" for name in names))
-    protocol = evaluation.metadata["protocol"]
+    for label, metrics in (("TIGER", found.model), ("popularity", found.popularity)):
+        lines.append(f"{label:<12}" + "".join(f"{metrics.by_name[name]:>12.4f}" for name in names))
+    protocol, periods = found.protocol, f" ({found.periods})" if found.periods else ""
     lines.append(
-        f"{int(model_metrics['users']):,} users ({protocol['users']}); {_split(evaluation)}; {protocol['ranking']}, "
-        f"beam {protocol['beam_width']}; history of {protocol['model_history']}, "
-        f"{'masked' if protocol['history_masked'] else 'not masked'}; ties by {protocol['ties']}"
+        f"{found.model.users:,} users ({protocol.users}); {protocol.split}{periods}; {protocol.ranking}, "
+        f"beam {protocol.beam_width}; history of {protocol.model_history}, "
+        f"{'masked' if protocol.history_masked else 'not masked'}; ties by {protocol.ties}"
     )
-    lines.append(f"training saw: {_seen(model.metadata['holdout'])}")
+    lines.append(f"training saw: {_seen(ModelMetadata.of(model).holdout)}")
     return "\n".join(lines)
-
-
-def _split(evaluation: Manifest) -> str:
-    periods = evaluation.metadata["periods"]
-    return str(evaluation.metadata["protocol"]["split"]) + (f" ({periods})" if periods else "")
 
 
 def examples_table(
@@ -104,7 +98,7 @@ def _examples(
         own = rows.filter(
             pc.equal(rows.column("user_id"), pa.scalar(user_id, rows.schema.field("user_id").type))
         )
-        if recommendations.metadata["form"] == "wide":
+        if RecommendationsMetadata.of(recommendations).form == "wide":
             best = own.column("item_ids").to_pylist()[0]
         else:
             best = own.sort_by("rank").column("item_id").to_pylist()
@@ -117,7 +111,7 @@ def titles_of(storage: Storage, catalog: Manifest, wanted: set[Any]) -> dict[Any
         return {}
     titles = {item: f"item {item}, not in the catalog" for item in wanted}
     keys = pa.array(sorted(wanted))
-    shards = np.unique(shard_of(stable_hash(keys), catalog.settings["catalog"]["num_shards"]))
+    shards = np.unique(shard_of(stable_hash(keys), catalog.setting("catalog", "num_shards")))
     for shard in shards:
         name = shard_name(int(shard))
         if name in {entry.name for entry in catalog.files}:

@@ -30,6 +30,7 @@ from starlette.middleware import Middleware
 
 from tiger_ray.artifacts.lineage import require_same_registry
 from tiger_ray.artifacts.manifest import Manifest
+from tiger_ray.artifacts.metadata import SemanticIdsMetadata, SequencesMetadata
 from tiger_ray.artifacts.storage import Storage
 from tiger_ray.cluster.connect import connect, is_local
 from tiger_ray.errors import TigerError
@@ -196,8 +197,8 @@ def application(
         **common,
     )
     ids = IdTypes(
-        item_id_type=semantic_ids.metadata["item_id_type"],
-        user_id_type=sequences.metadata["user_id_type"],
+        item_id_type=SemanticIdsMetadata.of(semantic_ids).item_id_type,
+        user_id_type=SequencesMetadata.of(sequences).user_id_type,
         needs_user=needs_user(vocabulary, decoding),
     )
     return endpoint.bind(

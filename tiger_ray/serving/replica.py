@@ -18,6 +18,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from tiger_ray.artifacts import schemas
 from tiger_ray.artifacts.manifest import Manifest
+from tiger_ray.artifacts.metadata import SequencesMetadata
 from tiger_ray.artifacts.storage import Storage
 from tiger_ray.core.hashing import stable_hash
 from tiger_ray.errors import ArtifactError
@@ -50,7 +51,7 @@ class Snapshot:
         self._items.get_indexer(
             self._items[:1]
         )  # pandas builds the table at the first lookup, which no request should wait for
-        self._user_id_type = pa.type_for_alias(sequences.metadata["user_id_type"])
+        self._user_id_type = pa.type_for_alias(SequencesMetadata.of(sequences).user_id_type)
         self.check()
 
     def check(self) -> None:

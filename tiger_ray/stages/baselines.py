@@ -15,12 +15,12 @@ import pyarrow as pa
 import torch
 
 from tiger_ray.artifacts.files import MODEL_FILES
-from tiger_ray.artifacts.lineage import registry_of, require_same_registry
+from tiger_ray.artifacts.lineage import registry_of, require_holdout, require_same_registry
 from tiger_ray.artifacts.manifest import Manifest
+from tiger_ray.artifacts.metadata import EmbeddingsMetadata
 from tiger_ray.artifacts.run import Run
 from tiger_ray.artifacts.schemas import matrix_of
 from tiger_ray.artifacts.storage import Storage
-from tiger_ray.data.histories import require_holdout
 from tiger_ray.errors import DataError
 from tiger_ray.model.sasrec import SasrecModel
 from tiger_ray.published.semantic_ids import load_semantic_ids
@@ -119,7 +119,7 @@ def _neighbours(
 
 def encoder_name(embeddings: Manifest) -> str:
     """What made the embeddings, as their settings name it."""
-    settings = embeddings.settings["embeddings"]
+    settings = embeddings.setting("embeddings")
     return str(settings["model"] if settings["encoder"] == "sentence-transformers" else settings["encoder"])
 
 
@@ -136,7 +136,8 @@ def make_neighbours(
         rules: what may come out.
     """
     ids = load_semantic_ids(storage, semantic_ids)
-    embedding_ND: npt.NDArray[np.float32] = np.zeros((len(ids), int(embeddings.metadata["dim"])), np.float32)
+    dim = EmbeddingsMetadata.of(embeddings).dim
+    embedding_ND: npt.NDArray[np.float32] = np.zeros((len(ids), dim), np.float32)
     columns = [
         storage.read_table(embeddings, entry, columns=["item_id"]).column("item_id")
         for entry in embeddings.files

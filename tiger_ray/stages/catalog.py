@@ -53,9 +53,9 @@ def _compute(run: Run, context: Context) -> Computed:
         )
         entries = write_partitions(dataset, _Finish(run, settings), num_shards=settings.num_shards)
     items = sum(entry.rows for entry in entries)
-    empty = sum(int(entry.facts["empty_text"]) for entry in entries)
+    empty = sum(entry.fact("empty_text") for entry in entries)
     assert items == rows, f"{rows} rows were read and {items} written"
-    available = sum(int(entry.facts["available"]) for entry in entries)
+    available = sum(entry.fact("available") for entry in entries)
     require_usable(items, empty, available, settings)
     return entries, {
         "summary": f"{items:,} items, {available:,} available, {empty:,} without text",

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from tiger_ray.artifacts import schemas
 from tiger_ray.artifacts.manifest import FileEntry, Manifest
+from tiger_ray.artifacts.metadata import EmbeddingsMetadata
 from tiger_ray.artifacts.run import Run
 from tiger_ray.artifacts.storage import Storage
 from tiger_ray.cluster.shards import map_shards
@@ -60,13 +61,13 @@ def _compute(run: Run, context: Context) -> Computed:
         num_cpus=settings.cpus_per_worker,
         use_gpu=settings.use_gpu,
     )
-    dims = {int(entry.facts["dim"]) for entry in entries}
+    dims = {entry.fact("dim") for entry in entries}
     if len(dims) != 1:
         raise ArtifactError(
             f"embeddings.model gave vectors of different widths in one run, {sorted(dims)}: its files changed between "
             "shards or retries. Set embeddings.revision, or leave the model's folder alone, and run the night again"
         )
-    rows, encoded = sum(entry.rows for entry in entries), sum(entry.facts["encoded"] for entry in entries)
+    rows, encoded = sum(entry.rows for entry in entries), sum(entry.fact("encoded") for entry in entries)
     log.info("embeddings: %s texts encoded, %s kept", f"{encoded:,}", f"{rows - encoded:,}")
     dim = dims.pop()
     return entries, {"summary": f"{rows:,} items x {dim}, {settings.encoder}", "dim": dim, "encoder": encoder}
@@ -76,9 +77,10 @@ def _previous(storage: Storage, encoder: str) -> Manifest | None:
     """The last published embeddings, if the same encoder made them."""
     try:
         last = storage.resolve("embeddings")
+        same = EmbeddingsMetadata.of(last).encoder == encoder
     except ArtifactError:
         return None
-    return last if last.metadata["encoder"] == encoder and storage.is_intact(last) else None
+    return last if same and storage.is_intact(last) else None
 
 
 class _EmbedShard:

@@ -20,15 +20,26 @@ import pyarrow as pa
 import ray
 
 from tiger_ray.artifacts import schemas
-from tiger_ray.artifacts.lineage import require_same_id_space, require_same_registry
+from tiger_ray.artifacts.lineage import (
+    require_holdout,
+    require_same_histories,
+    require_same_id_space,
+    require_same_registry,
+)
 from tiger_ray.artifacts.manifest import FileEntry, Manifest
+from tiger_ray.artifacts.metadata import (
+    ModelMetadata,
+    SemanticIdsMetadata,
+    SequencesMetadata,
+    TrainedMetadata,
+)
 from tiger_ray.artifacts.objects import Objects
 from tiger_ray.artifacts.run import Run
 from tiger_ray.cluster.shards import map_shards, plain_errors
 from tiger_ray.core.arrays import ranges
 from tiger_ray.core.hashing import splitmix64
-from tiger_ray.data.histories import columns_for, cuts_of, require_holdout, seen_events, user_shards
-from tiger_ray.errors import ArtifactError, DataError, TigerError
+from tiger_ray.data.histories import columns_for, cuts_of, seen_events, user_shards
+from tiger_ray.errors import DataError, TigerError
 from tiger_ray.evaluation import metrics
 from tiger_ray.evaluation.tally import Tally, metrics_of, sum_of, tally_of
 from tiger_ray.published.evaluation import METRICS_FILE
@@ -93,9 +104,9 @@ def tiger(context: Context) -> RankerSpec:
             "beam_width": decoding.beam_width,
             "items": "drawn" if decoding.sample else "most probable",
             "temperature": decoding.temperature,
-            "model_history": model.settings["model"]["max_history"],
+            "model_history": model.setting("model", "max_history"),
         },
-        holdout=model.metadata["holdout"],
+        holdout=ModelMetadata.of(model).holdout,
         inputs={"model": model},
         sections={"decoding": decoding},
         num_workers=decoding.num_workers,
@@ -113,11 +124,8 @@ def _check(context: Context, spec: RankerSpec) -> None:
         )
     require_holdout(sequences, spec.holdout)
     model = spec.inputs.get("model")
-    if model is not None and model.inputs["sequences"] != sequences.digest:
-        raise ArtifactError(
-            f"{model.artifact} {model.run_id} was trained on other histories than sequences {sequences.run_id}: it may "
-            "have seen the events it would be asked for. Train a model on these (jobs/train_model.py)"
-        )
+    if model is not None:
+        require_same_histories(model, sequences)
 
 
 def _keyed_inputs(context: Context, spec: RankerSpec) -> dict[str, Manifest]:
@@ -152,12 +160,14 @@ def evaluation_stage(spec: RankerSpec) -> Stage:
 def _compute(run: Run, context: Context, spec: RankerSpec) -> Computed:
     settings, storage, inputs = context.settings, run.storage, _keyed_inputs(context, spec)
     sequences, semantic_ids = inputs["sequences"], inputs["semantic_ids"]
-    max_users = settings.evaluation.max_users
+    max_users, histories = settings.evaluation.max_users, SequencesMetadata.of(sequences)
     share = 1.0
     if max_users is not None:
-        candidates = sequences.metadata[f"{settings.evaluation.split}_users_{spec.holdout}"]
+        candidates = histories.held_out_users(spec.holdout, settings.evaluation.split)
         share = min(1.0, max_users / max(candidates, 1))
-    training_events = _training_events(storage, sequences, spec.holdout, int(semantic_ids.metadata["items"]))
+    training_events = _training_events(
+        storage, sequences, spec.holdout, SemanticIdsMetadata.of(semantic_ids).items
+    )
     entries = map_shards(
         run,
         _RankShard,
@@ -178,7 +188,7 @@ def _compute(run: Run, context: Context, spec: RankerSpec) -> Computed:
     if users == 0:
         raise DataError(_nobody(settings, spec.holdout, sequences))
     found = _count(run, entries, settings, inputs, training_events)
-    events = sequences.settings["events"]
+    events = sequences.setting("events")
     protocol = {
         "split": f"{spec.holdout.replace('_', '-')}, {settings.evaluation.split}",
         **spec.ranking,
@@ -191,8 +201,7 @@ def _compute(run: Run, context: Context, spec: RankerSpec) -> Computed:
     # what changes from night to night is not in the protocol, by which nights are held against each other
     facts = {"protocol": protocol, "periods": None, "training": _training(inputs.get("model"))}
     if spec.holdout == "time":
-        first, second = (sequences.metadata[name] for name in ("validation_from", "test_from"))
-        facts["periods"] = f"validation from {first}, test from {second}"
+        facts["periods"] = f"validation from {histories.validation_from}, test from {histories.test_from}"
     metrics = run.write_file(METRICS_FILE, json.dumps({**facts, **found}, indent=2).encode())
     values = {
         who: {"users": users, **{name: each["value"] for name, each in found[who].items()}}
@@ -211,8 +220,8 @@ def _compute(run: Run, context: Context, spec: RankerSpec) -> Computed:
 
 def _nobody(settings: Settings, holdout: str, sequences: Manifest) -> str:
     """Why there is nobody to evaluate, and what to change."""
-    users = int(sequences.metadata["users"])
-    candidates = sequences.metadata[f"{settings.evaluation.split}_users_{holdout}"]
+    histories = SequencesMetadata.of(sequences)
+    users, candidates = histories.users, histories.held_out_users(holdout, settings.evaluation.split)
     if not candidates:
         return (
             f"none of {users:,} users has the events that training.holdout {holdout!r} needs to hold one out; nothing "
@@ -233,10 +242,10 @@ def _training(model: Manifest | None) -> str | None:
     """What a trained ranker was trained with, in words."""
     if model is None:
         return None
-    training = model.settings["training"]
+    training = model.setting("training")
     return (
-        f"step {model.metadata['step']:,} of {training['num_steps']:,}, batches of {training['global_batch_size']}, "
-        f"seed {model.settings['seed']}"
+        f"step {TrainedMetadata.of(model).step:,} of {training['num_steps']:,}, batches of {training['global_batch_size']}, "
+        f"seed {model.setting('seed')}"
     )
 
 

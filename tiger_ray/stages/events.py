@@ -11,6 +11,7 @@ import ray
 
 from tiger_ray.artifacts import schemas
 from tiger_ray.artifacts.manifest import Manifest
+from tiger_ray.artifacts.metadata import CatalogMetadata
 from tiger_ray.artifacts.run import Run
 from tiger_ray.artifacts.storage import Storage
 from tiger_ray.artifacts.store import InputFile
@@ -50,7 +51,7 @@ def _compute(run: Run, context: Context) -> Computed:
     schema, rows = read_input_schema(files, settings.uri, wanted_columns(settings))
     user_id_type = id_type(schema, settings.user_id, settings.uri)
     item_id_type = id_type(schema, settings.item_id, settings.uri)
-    require_same_item_ids(item_id_type, catalog.metadata["id_type"], settings, rows)
+    require_same_item_ids(item_id_type, CatalogMetadata.of(catalog).id_type, settings, rows)
     unit = timestamp_unit(schema, settings)
     require_tie(schema, settings, rows)
 

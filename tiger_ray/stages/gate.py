@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 from tiger_ray.artifacts.manifest import Manifest
+from tiger_ray.artifacts.metadata import EvaluationMetadata, ModelMetadata, RecommendationsMetadata
 from tiger_ray.artifacts.storage import Storage
 from tiger_ray.errors import ArtifactError, QualityError
 from tiger_ray.published.evaluation import evaluation_of
 from tiger_ray.settings.settings import Settings
+
+log = logging.getLogger(__name__)
 
 
 def require_gate(settings: Settings, storage: Storage, evaluated: Manifest) -> None:
@@ -15,8 +20,9 @@ def require_gate(settings: Settings, storage: Storage, evaluated: Manifest) -> N
     Raises:
         QualityError: names both numbers and the settings that decide.
     """
-    name = f"ndcg@{max(evaluated.settings['evaluation']['ks'])}"  # what was measured, whatever is set by now
-    ours, popular = evaluated.metadata["model"][name], evaluated.metadata["popularity"][name]
+    name = f"ndcg@{max(evaluated.setting('evaluation', 'ks'))}"  # what was measured, whatever is set by now
+    measured = EvaluationMetadata.of(evaluated)
+    ours, popular = measured.model.by_name[name], measured.popularity.by_name[name]
     floor = settings.evaluation.min_ratio_to_popularity * popular
     if ours < floor:
         raise QualityError(
@@ -24,14 +30,20 @@ def require_gate(settings: Settings, storage: Storage, evaluated: Manifest) -> N
             f"{floor:.4f}; recommendations are not published, the last ones stay. Train longer, or look at the data"
         )
     try:
-        last = storage.resolve("recommendations").metadata["evaluation"]
+        published = storage.resolve("recommendations")
     except ArtifactError:
         return
-    if last is None or name not in last or last["protocol"] != evaluated.metadata["protocol"]:
+    try:
+        last = RecommendationsMetadata.of(published).evaluation
+    except ArtifactError as error:  # tonight's recommendations may be what restores them
+        log.warning("evaluation.max_drop is not applied tonight: %s", error)
         return
-    if ours < (1 - settings.evaluation.max_drop) * last[name]:
+    if last is None or name not in last.by_name or last.protocol != measured.protocol.as_dict():
+        return
+    before = last.by_name[name]
+    if ours < (1 - settings.evaluation.max_drop) * before:
         raise QualityError(
-            f"{name} is {ours:.4f}, {1 - ours / last[name]:.0%} below the {last[name]:.4f} of the last published "
+            f"{name} is {ours:.4f}, {1 - ours / before:.0%} below the {before:.4f} of the last published "
             f"recommendations, and evaluation.max_drop allows a loss of {settings.evaluation.max_drop:.0%}; "
             "recommendations are not published, the last ones stay. Look at the data and at the loss of the training; "
             "if the new level is right, run again with a higher evaluation.max_drop"
@@ -45,7 +57,7 @@ def require_evaluated(settings: Settings, storage: Storage, model: Manifest) -> 
         ArtifactError: it is not.
         QualityError: as `require_gate`.
     """
-    if model.metadata["holdout"] == "none":
+    if ModelMetadata.of(model).holdout == "none":
         return
     evaluated = evaluation_of(storage, settings, model)
     if evaluated is None:

@@ -22,14 +22,20 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from tiger_ray.artifacts.files import MODEL_FILES
-from tiger_ray.artifacts.lineage import id_space, registry_of, require_same_model, require_same_registry
+from tiger_ray.artifacts.lineage import (
+    id_space,
+    registry_of,
+    require_holdout,
+    require_same_model,
+    require_same_registry,
+)
 from tiger_ray.artifacts.manifest import FileEntry, Manifest
+from tiger_ray.artifacts.metadata import SemanticIdsMetadata, SequencesMetadata
 from tiger_ray.artifacts.run import Run
 from tiger_ray.artifacts.storage import Storage
 from tiger_ray.cluster.workers import Worker, run_workers
 from tiger_ray.core.memory import keep_freed_memory
 from tiger_ray.core.precision import dtype_of
-from tiger_ray.data.histories import require_holdout
 from tiger_ray.errors import ArtifactError, DataError, StorageError
 from tiger_ray.model.t5 import TigerModel
 from tiger_ray.model.tokens import Vocabulary
@@ -98,7 +104,7 @@ def _compute(run: Run, context: Context) -> Computed:
     return entries, {
         **facts,
         "space": id_space(semantic_ids),
-        "level_sizes": semantic_ids.metadata["level_sizes"],
+        "level_sizes": list(SemanticIdsMetadata.of(semantic_ids).level_sizes),
     }
 
 
@@ -156,9 +162,10 @@ def train(
     training, names = settings.training, (*MODEL_FILES, "curve.json")
     done = run.finished()
     if not all(name in done for name in names):
-        if not sequences.metadata[f"examples_{training.holdout}"]:
+        histories = SequencesMetadata.of(sequences)
+        if not histories.examples(training.holdout):
             raise DataError(
-                f"no training example: none of {sequences.metadata['users']:,} users has two events that "
+                f"no training example: none of {histories.users:,} users has two events that "
                 f"training may see (training.holdout is {training.holdout!r})"
             )
         config = {

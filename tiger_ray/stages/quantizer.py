@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiger_ray.artifacts.manifest import FileEntry, Manifest
+from tiger_ray.artifacts.metadata import EmbeddingsMetadata
 from tiger_ray.artifacts.run import Run
 from tiger_ray.artifacts.schemas import matrix_of
 from tiger_ray.artifacts.storage import Storage
@@ -28,8 +29,8 @@ log = logging.getLogger(__name__)
 
 
 def _source(context: Context) -> dict[str, Any]:
-    metadata = context.inputs["embeddings"].metadata
-    return {"encoder": metadata["encoder"], "dim": metadata["dim"]}
+    embeddings = EmbeddingsMetadata.of(context.inputs["embeddings"])
+    return {"encoder": embeddings.encoder, "dim": embeddings.dim}
 
 
 def _compute(run: Run, context: Context) -> Computed:

@@ -8,6 +8,7 @@ B users of a shard, K items per user, I id_length.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,12 @@ import pyarrow as pa
 from tiger_ray.artifacts import schemas
 from tiger_ray.artifacts.lineage import require_same_id_space, require_same_registry
 from tiger_ray.artifacts.manifest import FileEntry, Manifest
+from tiger_ray.artifacts.metadata import (
+    EvaluationMetadata,
+    ModelMetadata,
+    RecommendationsMetadata,
+    SemanticIdsMetadata,
+)
 from tiger_ray.artifacts.run import Run
 from tiger_ray.artifacts.storage import Storage
 from tiger_ray.cluster.shards import map_shards
@@ -92,12 +99,12 @@ def _compute(run: Run, context: Context) -> Computed:
         )
     users = sum(entry.rows for entry in shards)
     facts = {
-        name: sum(entry.facts[name] for entry in entries)
+        name: sum(entry.fact(name) for entry in entries)
         for name in ("users", "fallback_users", "short_lists")
     }
     assert facts["users"] == users, f"{users} users were to be scored, {facts['users']} were"
     evaluated = evaluation_of(storage, settings, inputs["model"])
-    top_k, eligible = settings.recommendations.top_k, int(inputs["semantic_ids"].metadata["eligible"])
+    top_k, eligible = settings.recommendations.top_k, SemanticIdsMetadata.of(inputs["semantic_ids"]).eligible
     summary = f"{users:,} users, {facts['fallback_users']:,} by popularity"
     if facts["short_lists"]:
         summary += f", {facts['short_lists']:,} with fewer than {top_k} items ({eligible:,} may be recommended at all)"
@@ -111,21 +118,24 @@ def _compute(run: Run, context: Context) -> Computed:
         "top_k": top_k,
         "form": settings.recommendations.form,
         **versions,
-        "holdout": inputs["model"].metadata["holdout"],
+        "holdout": ModelMetadata.of(inputs["model"]).holdout,
         # kept beside the recommendations for the next night's gate
-        "evaluation": None
-        if evaluated is None
-        else {**evaluated.metadata["model"], "protocol": evaluated.metadata["protocol"]},
+        "evaluation": None if evaluated is None else _measured(EvaluationMetadata.of(evaluated)),
     }
+
+
+def _measured(evaluation: EvaluationMetadata) -> dict[str, Any]:
+    return {**evaluation.model.as_dict(), "protocol": evaluation.protocol.as_dict()}
 
 
 def _twin(storage: Storage, scoring: str) -> Manifest | None:
     """The last recommendations, if only their date differs from tonight's."""
     try:
         last = storage.resolve("recommendations")
+        same = RecommendationsMetadata.of(last).scoring == scoring
     except ArtifactError:
         return None
-    return last if last.metadata["scoring"] == scoring and storage.is_intact(last) else None
+    return last if same and storage.is_intact(last) else None
 
 
 def _group_rows(settings: RecommendationsSettings) -> int:

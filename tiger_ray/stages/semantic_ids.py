@@ -30,8 +30,9 @@ import ray
 
 from tiger_ray.artifacts.faults import crash_point
 from tiger_ray.artifacts.files import shard_number
-from tiger_ray.artifacts.lineage import segments_of
+from tiger_ray.artifacts.lineage import require_same_id_type, segments_of
 from tiger_ray.artifacts.manifest import FileEntry, Manifest
+from tiger_ray.artifacts.metadata import CatalogMetadata, QuantizerMetadata, RegistryMetadata
 from tiger_ray.artifacts.run import Run
 from tiger_ray.artifacts.schemas import matrix_of
 from tiger_ray.artifacts.storage import Storage
@@ -61,7 +62,12 @@ def _source(context: Context) -> dict[str, Any]:
     answered = [storage.published("semantic_ids", settings.date), head]
     # What answers these inputs already keeps its fingerprint, whatever was appended since.
     same = [link for link in answered if link is not None and link.inputs == digests]
-    before = same[0].metadata["appended_to"] if same else head.digest if head is not None else None
+    if settings.storage.replace:  # which restores a damaged manifest
+        same = [link for link in same if RegistryMetadata.fits(link)]
+    if same:
+        before = RegistryMetadata.of(same[0]).appended_to
+    else:
+        before = None if head is None else head.digest
     return {"registry": before, "space": space}
 
 
@@ -93,13 +99,14 @@ class _Night:
 
     @property
     def num_shards(self) -> int:
-        return int(self.catalog.settings["catalog"]["num_shards"])
+        return int(self.catalog.setting("catalog", "num_shards"))
 
     def compute(self) -> Computed:
         """Append what is new, unless another night appends first: then look again what is new."""
         for _ in range(MAX_LOST_RACES):
             head = self.storage.head("semantic_ids", self.space)
-            self._require_type(head)
+            if head is not None:
+                require_same_id_type(self.catalog, head)
             link = self._append(head)
             if link is head or self.storage.move_head(self.space, head, link):
                 crash_point("semantic_ids.appended")
@@ -111,7 +118,7 @@ class _Night:
 
     def _append(self, head: Manifest | None) -> Manifest:
         """The head with tonight's new items behind it; the head itself if there are none."""
-        number = 0 if head is None else 1 + max(int(entry.facts["segment"]) for entry in segments_of(head))
+        number = 0 if head is None else 1 + max(entry.fact("segment") for entry in segments_of(head))
         encode = _EncodeNewItems(self, head, number, self.run.finished())
         with plain_errors():
             encoded = ray.get(map_numbers(len(self.embeddings.files), encode))
@@ -119,7 +126,7 @@ class _Night:
         new_items = sum(entry.rows for entry in encoded)
         if head is not None and not new_items:
             return head
-        items = 0 if head is None else int(head.metadata["items"])
+        items = 0 if head is None else RegistryMetadata.of(head).items
         firsts = items + np.cumsum([0, *(entry.rows for entry in encoded)])[:-1]
         shards = [
             _NewShard(entry, shard_number(source), int(first))
@@ -148,7 +155,7 @@ class _Night:
                 "disambiguated_share": report["disambiguated_share"],
                 "level_sizes": list(self.level_sizes),
                 "space": self.space,
-                "item_id_type": self.catalog.metadata["id_type"],
+                "item_id_type": CatalogMetadata.of(self.catalog).id_type,
                 "appended_to": self.before,
             },
         )
@@ -187,11 +194,11 @@ class _Night:
         with plain_errors():
             entry, eligible = ray.get(write.remote(self.run, segments_of(link), bits))
         ours = link.run_id == self.run.run_id
-        new_items = link.metadata["new_items"] if ours else 0
-        share = link.metadata["disambiguated_share"]
+        known = RegistryMetadata.of(link)
+        new_items, share = known.new_items if ours else 0, known.disambiguated_share
         return [*link.files, entry], {
             **link.metadata,
-            "summary": f"{link.metadata['items']:,} items, {new_items:,} new, {share:.1%} need the disambiguator",
+            "summary": f"{known.items:,} items, {new_items:,} new, {share:.1%} need the disambiguator",
             "new_items": new_items,
             "eligible": eligible,
             "appended_to": self.before,
@@ -200,11 +207,6 @@ class _Night:
     def _digests(self) -> dict[str, str]:
         inputs = {"catalog": self.catalog, "embeddings": self.embeddings, "quantizer": self.quantizer}
         return {name: manifest.digest for name, manifest in inputs.items()}
-
-    def _require_type(self, head: Manifest | None) -> None:
-        found = self.catalog.metadata["id_type"]
-        if head is not None and found != head.metadata["item_id_type"]:
-            raise semantic_ids.type_error(found, head.metadata["item_id_type"])
 
 
 @dataclass(frozen=True)
@@ -436,7 +438,7 @@ def _codes_by_id(
         place = pc.fill_null(pc.index_in(item_id, value_set=table.column("item_id")), -1).to_numpy()
         found = place >= 0
         codes_MI[found] = semantic_ids.codes_of(table, night.level_sizes)[place[found]]
-        first_M[found] = entry.facts["segment"] == 0
+        first_M[found] = entry.fact("segment") == 0
     assert (codes_MI >= 0).all(), "an item of the catalog is not in the registry"
     return codes_MI, first_M
 
@@ -446,7 +448,7 @@ def _space(quantizer: Manifest, settings: Settings) -> str:
 
 
 def _level_sizes(quantizer: Manifest, settings: Settings) -> tuple[int, ...]:
-    return (*quantizer.metadata["level_sizes"], settings.semantic_ids.disambiguator_size)
+    return (*QuantizerMetadata.of(quantizer).level_sizes, settings.semantic_ids.disambiguator_size)
 
 
 def _overlapping(link: Manifest, shard: int, num_shards: int) -> list[FileEntry]:
@@ -455,7 +457,7 @@ def _overlapping(link: Manifest, shard: int, num_shards: int) -> list[FileEntry]
 
 def _overlap(shard: int, num_shards: int, entry: FileEntry) -> bool:
     """May the shard and a file of the registry, maybe written with other shards, hold the same item?"""
-    first, shards = entry.facts["shard"], entry.facts["shards"]
+    first, shards = entry.fact("shard"), entry.fact("shards")
     return shard * shards < (first + 1) * num_shards and first * num_shards < (shard + 1) * shards
 
 

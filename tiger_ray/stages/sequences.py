@@ -21,9 +21,9 @@ from tiger_ray.artifacts import schemas
 from tiger_ray.artifacts.files import shard_name
 from tiger_ray.artifacts.lineage import registry_of
 from tiger_ray.artifacts.manifest import FileEntry, Manifest
+from tiger_ray.artifacts.metadata import EventsMetadata, SemanticIdsMetadata
 from tiger_ray.artifacts.run import Run
 from tiger_ray.artifacts.storage import Storage
-from tiger_ray.artifacts.store import InputFile
 from tiger_ray.cluster.reading import blamed, read_events
 from tiger_ray.cluster.shards import plain_errors, write_partitions
 from tiger_ray.core.hashing import stable_hash
@@ -46,11 +46,12 @@ from tiger_ray.stages.stage import Computed, Context, Stage
 def _compute(run: Run, context: Context) -> Computed:
     settings, storage = context.settings, context.storage
     events, semantic_ids = context.inputs["events"], context.inputs["semantic_ids"]
-    files = [InputFile(**file) for file in events.metadata["files"]]
+    counted = EventsMetadata.of(events)
+    files = counted.files
     # 20 bytes or so per item, shared by all tasks of a node: a broadcast beats a join.
     items = ray.remote(_item_table).remote(storage, semantic_ids, settings.events.ties, settings.seed)
     chosen = settings.sequences
-    moments = _moments(chosen, events.metadata["timestamp_unit"])
+    moments = _moments(chosen, counted.timestamp_unit)
     with blamed(files, settings.events.uri, wanted_columns(settings.events).values()):
         shuffled = read_events(files, settings.events).map_batches(
             lambda batch: prepare_events(batch, settings.events, settings.sequences, ray.get(items)),
@@ -61,10 +62,8 @@ def _compute(run: Run, context: Context) -> Computed:
             shuffled, _Finish(run, chosen.max_events, moments), num_shards=chosen.num_shards
         )
     users = sum(entry.rows for entry in entries)
-    facts: dict[str, Any] = {
-        name: sum(int(entry.facts[name]) for entry in entries) for name in entries[0].facts
-    }
-    summary = f"{users:,} users, {facts['events']:,} of {events.metadata['events']:,} events kept"
+    facts: dict[str, Any] = {name: sum(entry.fact(name) for entry in entries) for name in entries[0].facts}
+    summary = f"{users:,} users, {facts['events']:,} of {counted.events:,} events kept"
     if moments is not None:
         if not facts["test_users_time"]:
             raise DataError(
@@ -74,12 +73,12 @@ def _compute(run: Run, context: Context) -> Computed:
         validated, tested = (facts[f"{split}_users_time"] for split in ("validation", "test"))
         summary += f", {validated:,} users to validate on and {tested:,} to test"
         facts |= chosen.model_dump(mode="json", include={"validation_from", "test_from"})
-    num_items = int(semantic_ids.metadata["items"])
+    num_items = SemanticIdsMetadata.of(semantic_ids).items
     entries.append(_write_popularity(run, entries, num_items, has_moments=moments is not None))
     return entries, {
         "summary": summary,
         "users": users,
-        "user_id_type": events.metadata["user_id_type"],
+        "user_id_type": counted.user_id_type,
         **facts,
     }
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from tiger_ray.artifacts.faults import crash_point
 from tiger_ray.artifacts.manifest import FileEntry, Manifest
+from tiger_ray.artifacts.metadata import Published, checked
 from tiger_ray.artifacts.record import Record, differences, key_summary, read_record, write_record
 from tiger_ray.artifacts.run import Run
 from tiger_ray.artifacts.storage import Storage
@@ -145,7 +146,7 @@ class StageResult:
             "reused": "  (reused: same inputs and settings as an earlier night)",
             "skipped": "  (skipped: already published)",
         }
-        facts = self.manifest.metadata["summary"]
+        facts = Published.of(self.manifest).summary
         return (
             f"{self.manifest.artifact:<16}{self.seconds:>7.1f} s  {facts}  {self.where}{notes[self.status]}"
         )
@@ -163,6 +164,7 @@ def run_stage(stage: Stage, settings: Settings, storage: Storage, **inputs: Mani
     Raises:
         PublishError: the date holds this artifact made from other inputs or settings.
         SettingsError: the local cluster has no room for the workers of a section.
+        ArtifactError: the stage returned metadata that is not that of its artifact.
         TigerError: whatever the stage refuses or fails with.
     """
     started, began_at = time.monotonic(), datetime.now(UTC)
@@ -208,7 +210,7 @@ def run_stage(stage: Stage, settings: Settings, storage: Storage, **inputs: Mani
         files=files,
         settings=settings.resolved(),
         inputs=dict(key.parts["inputs"]),
-        metadata=dict(metadata),
+        metadata=checked(name, metadata),
         replace=settings.storage.replace,
     )
     return result(manifest, "computed", usage)
