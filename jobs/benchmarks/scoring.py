@@ -113,11 +113,34 @@ def planted_inputs(users: Users) -> dict[str, tuple[dict[str, Any], dict[str, An
         "item_id_type": "int64",
         "items": len(codes_NI),
         "eligible": len(codes_NI),
+        "new_items": len(codes_NI),
+        "disambiguated_share": 0.0,
+        "appended_to": None,
+    }
+    model_facts = {
+        "space": "planted",
+        "holdout": "none",
+        "step": 0,
+        "loss": 0.0,
+        "level_sizes": list(model.vocabulary.level_sizes),
+    }
+    not_scored = [
+        "users_without_history",
+        "examples_none",
+        "examples_leave_one_out",
+        "validation_users_leave_one_out",
+        "test_users_leave_one_out",
+    ]
+    sequences_facts = {
+        "users": len(users[1]),
+        "events": len(users[0]),
+        "user_id_type": "int64",
+        **dict.fromkeys(not_scored, 0),
     }
     return {
-        "model": (model.to_files(), {"space": "planted", "holdout": "none"}),
+        "model": (model.to_files(), model_facts),
         "semantic_ids": (ids, ids_facts),
-        "sequences": (sequences, {"users": len(users[1]), "events": len(users[0]), "user_id_type": "int64"}),
+        "sequences": (sequences, sequences_facts),
     }
 
 

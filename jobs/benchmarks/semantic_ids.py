@@ -341,7 +341,9 @@ def published(storage: Any, artifact: str, settings: Settings, items: int, write
     entries = ray.get(
         map_numbers(settings.catalog.num_shards, partial(write, run, settings.catalog.num_shards, items))
     )
-    facts = {"summary": f"{items:,} planted", "id_type": "int64", "encoder": "planted", "dim": DIM}
+    catalog = {"items": items, "empty_text": 0, "available": items, "id_type": "int64"}
+    own = catalog if artifact == "catalog" else {"encoder": "planted", "dim": DIM}
+    facts = {"summary": f"{items:,} planted", **own}
     return storage.publish(
         run, date=settings.date, files=entries, settings=settings.resolved(), inputs={}, metadata=facts
     )

@@ -15,6 +15,8 @@ import pytest
 from tests.night_fixtures import BOT, COMPOSED, DECOMPOSED, NEWCOMER, REPEATER, STRANGER
 from tests.worlds import STAGES, TUESDAY, published_dates, run_night, tiny_settings
 from tiger_ray.artifacts import schemas
+from tiger_ray.artifacts.metadata import MODELS
+from tiger_ray.core.hashing import canonical_json
 from tiger_ray.data.histories import user_shards
 from tiger_ray.errors import ArtifactError
 from tiger_ray.published.semantic_ids import load_semantic_ids
@@ -148,6 +150,18 @@ def test_pandas_duckdb_and_pyarrow_read_the_same_rows_from_the_store(night, s3_c
     assert plain(read["pandas"]) == plain(read["pyarrow"])
     assert plain(read["duckdb"]) == plain(read["pyarrow"])
     assert len(read["pyarrow"]) == len(night.rows())
+
+
+def test_the_metadata_of_every_stage_is_that_of_its_artifact(night):
+    """Known to the last field, so that the page of the artifacts says all."""
+    assert list(night.results) == list(MODELS)
+    for artifact, model in MODELS.items():
+        held = night[artifact].metadata
+        unknown = {name for name in held if name not in model.model_fields and "@" not in name}
+        assert not unknown
+        # as JSON, byte by byte
+        found = model.of(night[artifact]).model_dump(mode="json", exclude_unset=True)
+        assert canonical_json(found) == canonical_json({name: held[name] for name in found})
 
 
 def test_evaluation_covers_every_user_with_three_events_and_says_how(night, histories):
