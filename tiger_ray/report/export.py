@@ -293,18 +293,19 @@ def snippet(network: TigerModel) -> str:
 
 def _results(model: Manifest, evaluation: Manifest) -> list[EvalResult]:
     """Recall and NDCG as metadata of the card, which the hub and its clients read."""
+    found = EvaluationMetadata.of(evaluation)
     return [
         EvalResult(
             task_type="recommendation",
             task_name="Next item",
             dataset_type="tiger_ray",
             dataset_name=f"events up to {model.date}",
-            dataset_split=evaluation.metadata["protocol"]["split"],
-            dataset_revision=model.inputs["sequences"],
+            dataset_split=found.protocol.split,
+            dataset_revision=model.input("sequences"),
             metric_type=name,
             metric_value=round(value, 4),
         )
-        for name, value in evaluation.metadata["model"].items()
+        for name, value in found.model.by_name.items()
         if name.startswith(("recall@", "ndcg@"))
     ]
 
