@@ -26,7 +26,6 @@ OPTIONAL = {
     "evaluation.periods",
     "evaluation.training",
     "evaluation.protocol.encoder",
-    "recommendations.eligible_items",
 }
 """Fields that a manifest may lack: a newer version added them, or another ranker has them."""
 

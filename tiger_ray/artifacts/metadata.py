@@ -337,7 +337,7 @@ class RecommendationsMetadata(Published):
     """Users without history, who get the most popular items."""
     short_lists: Count
     """Users with fewer items than `top_k`."""
-    eligible_items: Count | None = None
+    eligible_items: Count
     """Items that may be recommended at all."""
     scoring: str
     """Fingerprint of everything that decides the lists, which is all but the date."""

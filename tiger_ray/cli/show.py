@@ -125,7 +125,8 @@ def show_user(words: Sequence[str], user: str) -> None:
 
 def _user_row(night: _Night, sequences: Manifest, user: str) -> tuple[dict[str, Any], str]:
     """user_id and history (item_index, oldest first) of one user, and the name of the one shard that was read."""
-    key = _id_of(user, SequencesMetadata.of(sequences).user_id_type, "user")
+    known = SequencesMetadata.of(sequences)
+    key = _id_of(user, known.user_id_type, "user")
     shard = shard_of(stable_hash(pa.array([key])), sequences.setting("sequences", "num_shards"))
     name = shard_name(int(shard[0]))
     if name in {entry.name for entry in sequences.files}:
@@ -134,7 +135,7 @@ def _user_row(night: _Night, sequences: Manifest, user: str) -> tuple[dict[str, 
         if found:
             return found[0], name
     raise DataError(
-        f"no user {user!r} is among the {SequencesMetadata.of(sequences).users:,} users of {night.date}: no event of a known "
+        f"no user {user!r} is among the {known.users:,} users of {night.date}: no event of a known "
         "kind names the id. Check the spelling, or the column events.user_id"
     )
 
@@ -177,21 +178,20 @@ def _notes(
         )
     if recommendations is None:
         return [*notes, f"no recommendations are published for {night.date}"]
-    settings = recommendations.settings
-    read = settings["model"]["max_history"]
+    read = recommendations.setting("model", "max_history")
     if len(history) > read:
         notes.append(f"the model read the last {read} of {len(history):,} events (model.max_history)")
-    if settings["recommendations"]["exclude_history"]:
+    if recommendations.setting("recommendations", "exclude_history"):
         notes.append("items of the history were left out (recommendations.exclude_history)")
     if slots and slots[0]["source"] == "fallback":
         notes.append("the model knows nothing of this user, so the list holds the most popular items")
-    top_k = RecommendationsMetadata.of(recommendations).top_k
-    if len(slots) < top_k:
+    made = RecommendationsMetadata.of(recommendations)
+    if len(slots) < made.top_k:
         notes.append(
-            f"{len(slots)} of {top_k} items were found: {RecommendationsMetadata.of(recommendations).eligible_items:,} items may be "
+            f"{len(slots)} of {made.top_k} items were found: {made.eligible_items:,} items may be "
             "recommended tonight, and the beam search kept no others (decoding.beam_width)"
         )
-    if recommendations.inputs["sequences"] != sequences.digest:
+    if recommendations.input("sequences") != sequences.digest:
         notes.append(f"the list was made from other histories than those published for {night.date} now")
     return notes
 
@@ -243,7 +243,10 @@ def show_item(words: Sequence[str], item: str) -> None:
     if recommendations is not None:
         users, firsts = _times_recommended(night.storage, recommendations, key)
         facts.append(
-            ("recommended", f"to {users:,} of {_num_users(recommendations):,} users, first to {firsts:,}")
+            (
+                "recommended",
+                f"to {users:,} of {RecommendationsMetadata.of(recommendations).users:,} users, first to {firsts:,}",
+            )
         )
     print(f"item {item}, night {night.date}\n")
     show_table("", ("", ""), facts)
@@ -288,10 +291,6 @@ def _ranks_in(lists: pa.ListArray, item: Any) -> np.ndarray:
     places = np.flatnonzero(_equals(lists.values, item).to_numpy(zero_copy_only=False))
     places = places[(places >= offsets[0]) & (places < offsets[-1])]
     return places - offsets[np.searchsorted(offsets, places, side="right") - 1] + 1
-
-
-def _num_users(recommendations: Manifest) -> int:
-    return RecommendationsMetadata.of(recommendations).users
 
 
 # A night
