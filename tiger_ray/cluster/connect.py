@@ -1,4 +1,4 @@
-"""The Ray cluster of a job, joined only when the first stage has work to do."""
+"""The Ray cluster of a job; a job joins the cluster when the first stage has work to do."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tiger_ray.settings.base import Section, Workers
 from tiger_ray.settings.ray import RaySettings
 
 IDLE_VARIABLE = "RAY_idle_worker_killing_time_threshold_ms"
-"""Of Ray: how long a process without work is kept. By default a second, so that nearly every step of a night would
-start new ones, at two to four seconds of CPU time each for their imports."""
+"""Variable of Ray: how long Ray keeps an idle process, by default one second. At that default nearly every step of a
+night starts new processes, and the imports of each cost two to four seconds of CPU time."""
 
 
 IDLE_MS = 60_000
@@ -25,7 +25,11 @@ IDLE_MS = 60_000
 def connect(settings: RaySettings) -> None:
     """Join the cluster of `ray job submit` if there is one, or of `ray.address`, or start a local one.
 
-    On a process that is connected already it frees what failed stages still hold, and sets up Ray Data.
+    In a process that is connected already, free the resources that failed stages still hold. Set up Ray Data in
+    any case.
+
+    Raises:
+        TigerError: no cluster answers at the address.
     """
     import ray
 
@@ -49,38 +53,42 @@ def connect(settings: RaySettings) -> None:
                 f"the Ray cluster at {settings.address or os.environ.get('RAY_ADDRESS')} runs other versions than this process "
                 f"(Ray {ray.__version__}): {' '.join(str(error).split())}. Install the cluster's versions here, or these there"
             ) from None
-        # Ray's own handler would end the process with another exit code than the job promises.
+        # Ray's own handler would end the process with another exit code than that of the job.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)
     else:
         free, whole = ray.available_resources(), ray.cluster_resources()
         if any(free.get(kind, 0) < whole.get(kind, 0) for kind in ("CPU", "GPU")):
-            # Actors of a dataset that failed hold them until Python collects the error: minutes, left to itself.
+            # Actors of a failed dataset hold them until Python collects the error, which may take minutes.
             gc.collect()
     context = ray.data.DataContext.get_current()
     shown = sys.stderr.isatty() if settings.progress == "auto" else settings.progress == "on"
     context.enable_progress_bars = shown
     context.print_on_execution_start = False
-    # By default a keyed shuffle gathers a gigabyte in one process before it begins.
+    # By default a keyed shuffle collects a gigabyte in one process before it starts.
     context.shuffle_input_batch_bytes = 32 << 20
-    # The newer reader of Parquet starts an actor per footer, up to 32 for each read, to do what takes milliseconds.
+    # The newer Parquet reader starts an actor per footer, up to 32 per read, for work of milliseconds.
     context.use_datasource_v2 = False
-    # A spot node may die while an actor is still loading its weights.
+    # A spot node may die while an actor loads its weights.
     context.max_consecutive_actor_init_deaths = 3
-    # Ray Data would wrap an error of ours in one that reaches the driver without its cause.
+    # Otherwise Ray Data wraps a TigerError in an error that reaches the driver without its cause.
     context.raise_original_map_exception = True
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # These print a traceback, and take what is not wrapped for a bug in Ray; the exception itself says it all.
+    # These loggers print a traceback and call an unwrapped error a bug in Ray; the exception has the whole message.
     for name in ("ray.data.exceptions", "ray.data._internal.execution.streaming_executor_state"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def require_room(ray_settings: RaySettings, sections: Mapping[str, Section]) -> None:
-    """Refuse workers for which a cluster that the job started itself, and that cannot grow, has no room.
+    """Refuse workers that do not fit into a local cluster, which cannot grow: Ray would wait forever.
+
+    Args:
+        ray_settings: tell whether the cluster is local; any other cluster may grow.
+        sections: sections of the settings by name; those without workers are ignored.
 
     Raises:
-        SettingsError: Ray would wait for them for ever.
+        SettingsError: names the section, the resources that it asks for and those of the cluster.
     """
     import ray
 
@@ -112,5 +120,5 @@ def require_resources(whole: Mapping[str, float], sections: Mapping[str, Section
 
 
 def is_local(settings: RaySettings) -> bool:
-    """Is the cluster the job's own?"""
+    """Does the job start its own cluster on this machine?"""
     return (settings.address or os.environ.get("RAY_ADDRESS", "local")) == "local"

@@ -1,7 +1,8 @@
-"""Workers that compute one thing together, each with a rank: how anything is trained.
+"""Workers that compute one thing together, each with a rank: quantizers and models are trained this way.
 
-Several run under Ray Train, with `torch.distributed` set up among them (NCCL on GPUs, gloo on CPUs). When one
-dies, all are started again, and may find on storage what they left there.
+One worker is a plain Ray task. Several workers run under Ray Train, which connects them by `torch.distributed`
+(NCCL on GPUs, gloo on CPUs). When a worker dies, all start again and go on from their checkpoint on storage, if the
+work writes one.
 """
 
 from __future__ import annotations
@@ -36,19 +37,19 @@ class Worker:
     rank: int
     world_size: int
     device: Any
-    """torch.device that it computes on."""
+    """torch.device of its tensors."""
 
     @property
     def is_first(self) -> bool:
-        """Is it the one that speaks and writes for all?"""
+        """Does this worker log and write for all workers?"""
         return self.rank == 0
 
 
 USAGE_FOLDER = "usage"
-"""Folder of the run in which each worker of Ray Train leaves its memory."""
+"""Folder of the run with one report per worker of Ray Train on its peak memory."""
 
 Work = Callable[[dict[str, Any], Worker], None]
-"""What a worker does: gets the arguments of all, and who it is."""
+"""Called on each worker with the arguments, which are the same for all workers, and with the worker itself."""
 
 
 def run_workers(
@@ -57,15 +58,15 @@ def run_workers(
     """Run `work` on every worker, until all have returned.
 
     Args:
-        work: what each does.
-        arguments: the same for every worker; `run`, and `bar` for the log of the training, are added.
-        run: whose artifact they compute.
-        date: of the night.
+        work: function that each worker calls.
+        arguments: arguments of `work`, the same for every worker. `run` is added, and `bar` for the log of the training.
+        run: run of the artifact that the workers compute.
+        date: date of the night, in the name of the run of Ray Train.
         settings: section `training` or `quantizer`.
 
     Raises:
-        TigerError: what a worker raised, as itself and at once; or, of any other cause, after so many
-            restarts as the settings allow.
+        TigerError: a worker raised it; it is raised again at once. Any other error restarts the workers, and becomes
+            a TigerError after `max_failures` restarts.
     """
     with progress_bar(run.artifact, getattr(settings, "num_steps", None)) as bar:
         arguments = {**arguments, "run": run, "bar": bar}
@@ -76,7 +77,7 @@ def run_workers(
 
 
 def _run_alone(work: Work, arguments: Mapping[str, Any], run: Run, settings: WorkerGroup) -> None:
-    """A plain task has nobody to meet, and starts without the five actors of Ray Train."""
+    """Run one worker as a plain task: it needs no process group, and not the five actors of Ray Train."""
     cpus, gpus = _resources(settings)
     task = ray.remote(_alone).options(name=run.artifact, num_cpus=cpus, num_gpus=gpus, max_retries=0)
     for failures in count(1):
@@ -116,27 +117,27 @@ def _run_together(
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    # Ray Train would log each printed line a second time.
+    # Otherwise Ray Train logs each printed line a second time.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    # It would tell workers that their node is about to be taken, and ours do not listen.
+    # Turn off the preemption watcher; our workers do not handle its notice.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     cpus, gpus = _resources(settings)
 
     class EndAtTigerError(ray.train.UserCallback):  # type: ignore[misc]
-        """An error of ours would come again, for every restart does the same."""
+        """Ends the run at a TigerError: a restart would raise the same error again."""
 
         def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
             for error in worker_exceptions.values():
                 if isinstance(error, TigerError):
                     silence_ray_train()
-                    raise error  # Ray Train restarts after errors of workers, but not of callbacks
+                    raise error  # Ray Train restarts after errors of workers, but not after errors of callbacks.
 
     class Trainer(TorchTrainer):  # type: ignore[misc]
         def _register_sigint_handler(self, controller: Any) -> None:
-            """Ctrl-C stays the job's: Ray's handler would swallow it, also in later stages, and end with exit code 0."""
+            """Leave Ctrl-C to the job: Ray's handler would swallow it, in later stages too, and exit with code 0."""
 
-    # Ray Train ends a run for good where its own storage refuses a write for a second, so it gets a folder of
-    # the driver's, and what must last is written by `Run`.
+    # Ray Train ends the run as soon as its own storage refuses one write. So its storage is a folder of the driver,
+    # and `Run` writes the checkpoints.
     with tempfile.TemporaryDirectory(prefix="tiger-ray-") as folder:
         trainer = Trainer(
             partial(_together, work, settings.cpus_per_worker),

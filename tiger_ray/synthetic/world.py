@@ -1,7 +1,7 @@
-"""Planted worlds: a catalog and users whose next item follows a known law, so that the best answer is known.
+"""Planted worlds: a catalog, and users whose next item follows a known law, so the best ranking is known.
 
 The catalog is a bookshop. Every author writes two series of ten volumes in one genre; the authors of a genre
-form a ring. A user who just read a volume goes on by one of five moves, or to any other item:
+form a ring. After a volume, a user makes one of five moves, or reads any other item:
 
     next_volume      the next volume of the series; after the last one, the first of the author's other series
     other_series     the same volume of the author's other series
@@ -9,12 +9,12 @@ form a ring. A user who just read a volume goes on by one of five moves, or to a
     new_start        the first volume of the next author's other slot
     previous_volume  the volume before; before the first one, the last
 
-For every item the five moves lead to five different items, and none leads back to the item itself. Titles
-name series and volume, brands the author, categories the genre: all that the law depends on can be read in
-the text, except which author follows which. Item ids are shuffled and reveal nothing.
+The five moves lead from every item to five different items, never to the item itself. Titles name series and
+volume, brands name the author, categories name the genre: the text shows the whole law, except which author
+follows which. Item ids are shuffled and reveal nothing.
 
 `new_start` makes a first volume about twice as frequent as the average item, and late volumes two thirds as
-frequent; all series are equally popular. So popularity has something to learn, and little. Source: ours.
+frequent; all series are equally popular. So a popularity ranking can learn a little. Source: ours.
 
 Letters: N items, M moves, U users, T time steps, E events, B histories; K only for top-K.
 """
@@ -69,7 +69,7 @@ DEFAULT_SHARES: Mapping[str, float] = MappingProxyType(
         "previous_volume": 0.09,
     }
 )
-"""Probability of each move; what is missing to 1 is noise, a uniform draw from all other items."""
+"""Probability of each move; the rest up to 1 is noise, a uniform draw from all other items."""
 
 
 VOLUMES = 10
@@ -106,16 +106,16 @@ _FIRST_EVENT = np.datetime64("2026-01-01", "us").astype(np.int64)
 _DAY_US = 86_400_000_000
 
 
-_RANKED_AT_ONCE = 65_536  # histories; bounds the memory of a ranking to some 20 MB
+_RANKED_AT_ONCE = 65_536  # Histories; a ranking then needs some 20 MB.
 
 
-# Tags that keep the random streams apart when the world and its events are given the same seed.
+# Tags that keep the random streams apart when the world and its events have the same seed.
 _WORLD_STREAM, _NAME_STREAM, _EVENT_STREAM = 1, 2, 3
 
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """One planted world; `build` makes it, and the same arguments always make the same one."""
+    """A planted world; `build` with equal arguments makes equal worlds."""
 
     num_items: int
     seed: int
@@ -123,9 +123,9 @@ class World:
     """Probability of each move that happens, most probable first."""
     unavailable_share: float
     position_N: Int32
-    """Place of each item on the grid author x series x volume."""
+    """Position of each item on the grid author x series x volume, (N,)."""
     successor_NM: Int32
-    """Item index that each move leads to; columns in the order of `shares`."""
+    """Item index that each move leads to, (N, M); columns in the order of `shares`."""
     available_N: Bool
 
     @classmethod
@@ -141,8 +141,8 @@ class World:
 
         Args:
             num_items: N, a multiple of 20, at least 40.
-            seed: decides names, ids, and which items are unavailable.
-            shares: probability of each move, at most 1 together; a move left out never happens.
+            seed: seed of names, ids, and of the choice of unavailable items.
+            shares: probability of each move; they add up to 1 at most, and a move left out never happens.
             unavailable_share: share of items that may not be recommended; users still read them.
 
         Raises:
@@ -152,11 +152,11 @@ class World:
         if num_items % ITEMS_PER_AUTHOR or not 2 * ITEMS_PER_AUTHOR <= num_items <= most:
             raise SettingsError(
                 f"num_items is {num_items}, but must be a multiple of {ITEMS_PER_AUTHOR} "
-                f"from {2 * ITEMS_PER_AUTHOR} to {most}: every author writes so many"
+                f"from {2 * ITEMS_PER_AUTHOR} to {most}: every author writes {ITEMS_PER_AUTHOR}"
             )
         unknown = sorted(set(shares) - set(DEFAULT_SHARES))
         if unknown:
-            raise SettingsError(f"unknown moves {unknown}; there are {list(DEFAULT_SHARES)}")
+            raise SettingsError(f"unknown moves {unknown}; known moves are {list(DEFAULT_SHARES)}")
         if min(shares.values(), default=0.0) < 0.0 or sum(shares.values()) > 1.0 + 1e-9:
             raise SettingsError(f"shares must be probabilities that add up to 1 at most, not {dict(shares)}")
         if not 0.0 <= unavailable_share <= 0.5:
@@ -228,11 +228,11 @@ class World:
         return pa.table(columns, schema=CATALOG_SCHEMA)
 
     def events(self, num_users: int, seed: int, min_events: int = 6, max_events: int = 20) -> pa.Table:
-        """Draw users and what they read, in the order of time; schema `EVENTS_SCHEMA`.
+        """Draw users and the items they read, in the order of time; schema `EVENTS_SCHEMA`.
 
         Args:
-            num_users: U; ids `U000000` and so on.
-            seed: another seed draws other users of the same world.
+            num_users: U; their ids are `U000000` and so on.
+            seed: seed of the users; another seed draws other users of the same world.
             min_events: fewest events of a user, at least 2; lengths are uniform up to `max_events`.
             max_events: most events of a user.
 
@@ -243,17 +243,17 @@ class World:
         return self._events_table(log, slice(None))
 
     def oracle_top(self, last_B: npt.NDArray[np.integer[Any]], k: int) -> Int32:
-        """The k most probable next items that are available; no ranking has a higher expected recall.
+        """The k most probable available next items; no ranking has a higher expected recall.
 
         Args:
-            last_B: (B,) item index of the last item of each history; nothing before it matters.
+            last_B: (B,) item index of the last item of each history; earlier items do not matter.
             k: items per history.
 
         Returns:
             (B, k) int32 item index, most probable first; equally probable items in the order of item index.
 
         Raises:
-            SettingsError: there are not k items to choose from.
+            SettingsError: fewer than k items are available.
         """
         available = np.flatnonzero(self.available_N).astype(np.int32)
         if not 1 <= k < len(available):
@@ -263,8 +263,8 @@ class World:
         last_B = np.asarray(last_B)
         move_BM = self.successor_NM[last_B]
         num_moves = move_BM.shape[1]
-        # After the moves all other items are equally probable, so the first few are as good as any:
-        # k, and as many more as may drop out because they are the last item or where a move leads.
+        # All items that no move leads to are equally probable, so the first of them are as good as any others.
+        # Take k, and one more for the last item and for each move, which may drop out below.
         others = available[: k + num_moves + 1]
         taken = others == last_B[:, None]
         for column in range(num_moves):
@@ -276,7 +276,7 @@ class World:
         return top_BK
 
     def expected_recall(self, last_B: npt.NDArray[np.integer[Any]], k: int) -> float:
-        """Expected recall@k of `oracle_top` for these last items: the ceiling of any recommender."""
+        """Expected recall@k of `oracle_top` for the last items, (B,): no recommender can expect more."""
         hit_M = np.zeros(len(self.shares))
         for block in _blocks(len(last_B)):
             top_BK = self.oracle_top(last_B[block], k)
@@ -312,10 +312,10 @@ class World:
 
     @classmethod
     def read(cls, uri: str) -> World:
-        """The world whose data `write` left in this folder or under this URI.
+        """The world whose data `write` put into this folder or under this URI.
 
         Raises:
-            ArtifactError: no plant there, or this version of the code plants another world from it.
+            ArtifactError: plant.json is missing, or this version of the code plants another world from it.
         """
         filesystem, root = input_filesystem(uri)
         try:
@@ -363,12 +363,12 @@ class World:
         time_TU[0] = _FIRST_EVENT + rng.integers(0, 90 * _DAY_US, num_users)
         upper_M = np.cumsum(list(self.shares.values()))
         if self.noise == 0.0:
-            upper_M[-1] = 1.0  # a sum like 0.9999999 would let noise through
+            upper_M[-1] = 1.0  # A sum like 0.9999999 would let noise through.
         for step in range(1, max_events):
             last_U = item_TU[step - 1]
             move_U = np.searchsorted(upper_M, rng.random(num_users), side="right")
             other_U = rng.integers(0, self.num_items - 1, num_users)
-            other_U += other_U >= last_U  # any item but the last
+            other_U += other_U >= last_U  # Any item but the last.
             noisy_U = move_U == len(upper_M)
             moved_U = self.successor_NM[last_U, np.where(noisy_U, 0, move_U)] if len(upper_M) else other_U
             item_TU[step] = np.where(noisy_U, other_U, moved_U)
@@ -456,7 +456,7 @@ class World:
 
 @dataclass(frozen=True)
 class Synthesis:
-    """What `write` wrote, and the recall@10 on each user's last event that brackets every recommender."""
+    """Sizes of a written world, and the recall@10 on each user's last event of the oracle and of popularity."""
 
     uri: str
     num_items: int
@@ -466,7 +466,7 @@ class Synthesis:
     popularity_recall: float
 
     def summary(self) -> str:
-        """Three lines for people."""
+        """Three lines for a terminal."""
         return (
             f"{self.uri}: {self.num_items:,} items, {self.num_users:,} users, {self.num_events:,} events\n"
             f"oracle recall@10     {self.oracle_recall:.4f}   (on the last event of each user; the ceiling)\n"
@@ -484,21 +484,21 @@ def write(
     max_events: int = 20,
     num_files: int = 1,
 ) -> Synthesis:
-    """Write `catalog/part-*.parquet`, `events/part-*.parquet` and `plant.json` in place of an earlier world.
+    """Write `catalog/part-*.parquet`, `events/part-*.parquet` and `plant.json`; replace an earlier world.
 
     Args:
         uri: folder, or `s3://bucket/prefix`; endpoint, region and CA bundle come from the AWS variables.
-        world: the world to write; `World.read(uri)` brings it back.
+        world: the world to write; `World.read(uri)` reads it again.
         num_users: U; with the next three arguments as in `World.events`.
         seed: seed of the users.
         min_events: fewest events of a user.
         max_events: most events of a user.
-        num_files: files of the catalog, and of the events; event files follow each other in time, so that
-            most users are spread over several.
+        num_files: files of the catalog, and of the events. Event files follow each other in time, so most users have
+            events in several files.
 
     Raises:
         SettingsError: an argument is out of range.
-        StorageError: the folder holds a catalog or events that `write` did not put there.
+        StorageError: the folder holds a catalog or events that `write` did not write.
     """
     if num_files < 1:
         raise SettingsError(f"num_files is {num_files}, but must be at least 1")
@@ -519,7 +519,7 @@ def write(
     }
     filesystem, root = input_filesystem(uri)
     _make_room(filesystem, root, uri)
-    # The plant goes first: a run that dies later leaves a folder that the next run may replace.
+    # Write the plant first: if this run dies later, the next run may still replace the folder.
     with filesystem.open_output_stream(f"{root}/plant.json") as file:
         file.write(json.dumps(plant, indent=2).encode() + b"\n")
     catalog = world.catalog()
@@ -539,14 +539,14 @@ def write(
 
 @dataclass(frozen=True)
 class _Log:
-    """Events as numbers: 16 bytes each, where the table needs 30."""
+    """Events as numbers: 16 bytes each, instead of 30 in the table."""
 
     user: Int32
     item: Int32
     time: Int64
 
     def last_two(self) -> tuple[Int64, Int64]:
-        """Rows of the last event but one and of the last event of each user who has two."""
+        """Rows of the last two events of each user with two events or more: the earlier one, the last one."""
         order = np.lexsort((self.time, self.user))
         user = self.user[order]
         ends = np.flatnonzero(np.append(user[1:] != user[:-1], True))
@@ -558,7 +558,7 @@ class _Log:
 
 
 def _targets(position: Int32, num_items: int) -> dict[str, Int32]:
-    """Grid position that each move leads to from each grid position."""
+    """Grid position that each move leads to, by move, for each grid position."""
     series, volume = np.divmod(position, VOLUMES)
     author, slot = np.divmod(series, SERIES_PER_AUTHOR)
     num_genres = _num_genres(num_items)
@@ -579,7 +579,7 @@ def _targets(position: Int32, num_items: int) -> dict[str, Int32]:
 
 
 def _num_genres(num_items: int) -> int:
-    """Four authors or more in every genre as long as there are four; the move to the next one needs two."""
+    """Genres of a world: each has four authors or more, if the world has four; the move to the next author needs two."""
     return max(1, min(len(_GENRES), num_items // ITEMS_PER_AUTHOR // 4))
 
 
@@ -604,17 +604,17 @@ def _padded(prefix: str, number: Int32, width: int) -> pa.Array:
 
 
 def _make_room(filesystem: pafs.FileSystem, root: str, uri: str) -> None:
-    """Delete an earlier world, so that no part of it stays beside the new one; never delete anything else."""
+    """Delete an earlier world, so no part of it stays beside the new world; never delete anything else."""
     folders = [f"{root}/catalog", f"{root}/events"]
     plant, *found = filesystem.get_file_info([f"{root}/plant.json", *folders])
     occupied = [info.path for info in found if info.type != pafs.FileType.NotFound]
     if occupied and plant.type == pafs.FileType.NotFound:
         raise StorageError(
-            f"{uri} holds a catalog or events but no plant.json, so a synthetic world did not put them there "
-            "and they are not replaced; choose another folder"
+            f"{uri} holds a catalog or events but no plant.json, so they are not a synthetic world and are not "
+            "replaced; choose another folder"
         )
     for path in occupied:
         filesystem.delete_dir(path)
-    if isinstance(filesystem, pafs.LocalFileSystem):  # an object store would get empty objects
+    if isinstance(filesystem, pafs.LocalFileSystem):  # In an object store this would write empty objects.
         for path in folders:
             filesystem.create_dir(path, recursive=True)
