@@ -401,6 +401,42 @@ def test_latest_does_not_move_back_though_a_newer_date_comes_in_between() -> Non
     assert check_as_a_reader(memory).keys() == set(DATES)
 
 
+def test_a_rollback_that_a_new_night_overtakes_changes_nothing() -> None:
+    memory, requests = Memory(), [0]
+    for name, date in (("A", DATES[0]), ("B", DATES[1])):
+        Job(name, date=date).run(memory)
+    third = "2026-11-24"
+
+    def new_night_comes_before_the_last_read() -> str:
+        requests[0] += 1
+        if requests[0] == 4:  # the manifest, the listing and `latest.json` were read
+            Job("C", date=third).run(memory)
+        return "none"
+
+    with pytest.raises(PublishError, match=f"was moved by another job meanwhile and names {third} now"):
+        reader(Faulty(memory, new_night_comes_before_the_last_read)).point_latest("catalog", DATES[0])
+    assert reader(memory).resolve("catalog").date == third
+
+
+@pytest.mark.parametrize("fault", ["unsent", "lost answer"])
+def test_a_rollback_whose_write_gets_no_answer_is_done_once(fault: str) -> None:
+    memory, requests = Memory(), [0]
+    for name, date in (("A", DATES[0]), ("B", DATES[1])):
+        Job(name, date=date).run(memory)
+    moves = len(memory.history["catalog/latest.json"])
+
+    def the_write_fails() -> str:
+        requests[0] += 1
+        return fault if requests[0] == 5 else "none"
+
+    patient = reader(Faulty(memory, the_write_fails))
+    patient.commit_deadline_s = 60.0
+    assert patient.point_latest("catalog", DATES[0]) == DATES[1]
+    assert requests[0] > 5
+    assert reader(memory).resolve("catalog").date == DATES[0]
+    assert len(memory.history["catalog/latest.json"]) == moves + 1
+
+
 # The same on real stores: threads as they fall
 
 

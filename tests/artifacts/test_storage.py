@@ -6,6 +6,7 @@ import os
 import pickle
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -228,6 +229,29 @@ def test_latest_moves_to_newer_dates_only(folder: Storage) -> None:
     tuesday = publish(folder, TUESDAY)
     publish(folder, MONDAY)
     assert folder.resolve("catalog") == tuesday
+
+
+def test_latest_points_where_it_is_told_and_names_the_date_before(storage: Storage) -> None:
+    monday, tuesday = publish(storage, MONDAY), publish(storage, TUESDAY)
+    objects = set(all_objects(storage.root))
+    assert storage.point_latest("catalog", MONDAY) == TUESDAY
+    assert storage.resolve("catalog") == monday
+    assert storage.point_latest("catalog", TUESDAY) == MONDAY
+    assert storage.point_latest("catalog", TUESDAY) == TUESDAY
+    assert storage.resolve("catalog") == tuesday
+    assert set(all_objects(storage.root)) == objects
+
+
+def test_latest_never_points_to_what_is_not_there(storage: Storage) -> None:
+    publish(storage, MONDAY)
+    with pytest.raises(ArtifactError, match=f"no catalog is published for {TUESDAY}"):
+        storage.point_latest("catalog", TUESDAY)
+    assert storage.resolve("catalog").date == MONDAY
+
+
+def test_the_clock_of_the_store_is_this_machine_s(storage: Storage) -> None:
+    assert abs(storage.clock_offset_s()) < 30
+    assert abs(storage.clock_offset_s(lambda: time.time() + 3600) - 3600) < 30
 
 
 def test_latest_is_repaired_by_publishing_again_after_a_crash(folder: Storage) -> None:

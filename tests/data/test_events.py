@@ -9,10 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiger_ray.data.events import is_complete, require_tie, ticks_at, timestamp_unit, wanted_rows
+from tiger_ray.data.events import (
+    add_counts,
+    is_complete,
+    require_tie,
+    require_usable,
+    ticks_at,
+    timestamp_unit,
+    wanted_rows,
+)
 from tiger_ray.errors import DataError
 from tiger_ray.settings.events import EventsSettings
-from tiger_ray.stages.events import _add, _judge
 
 SECOND_2026 = int(datetime(2026, 11, 23, tzinfo=UTC).timestamp())
 
@@ -175,11 +182,11 @@ def counts(**changed):
 
 def test_events_exactly_at_the_limits_pass_and_one_more_does_not():
     limits = events_settings(max_null_share=0.01, max_unknown_share=0.05)
-    _judge(counts(nulls=10, unknown=49), "s", limits)
+    require_usable(counts(nulls=10, unknown=49), "s", limits)
     for beyond in (counts(nulls=11, unknown=49), counts(nulls=10, unknown=50)):
         with pytest.raises(DataError, match=r"events\.max_(null|unknown)_share"):
-            _judge(beyond, "s", limits)
-    _judge(counts(nulls=1000, first=None, last=None), "s", events_settings(max_null_share=1.0))
+            require_usable(beyond, "s", limits)
+    require_usable(counts(nulls=1000, first=None, last=None), "s", events_settings(max_null_share=1.0))
 
 
 @pytest.mark.parametrize(
@@ -200,14 +207,14 @@ def test_events_exactly_at_the_limits_pass_and_one_more_does_not():
 )
 def test_too_many_bad_events_are_refused_with_numbers_and_setting(changed, message):
     with pytest.raises(DataError, match=message):
-        _judge(counts(**changed), "s", events_settings())
+        require_usable(counts(**changed), "s", events_settings())
 
 
 def test_a_null_in_the_tie_column_counts_as_one_in_any_other():
     with pytest.raises(
         DataError, match=r"have a null in 'user_id', 'item_id', 'timestamp' or 'place'; at most"
     ):
-        _judge(counts(nulls=11), "s", events_settings(ties="column", tie="place"))
+        require_usable(counts(nulls=11), "s", events_settings(ties="column", tie="place"))
 
 
 def test_events_of_no_wanted_kind_are_refused():
@@ -216,7 +223,7 @@ def test_events_of_no_wanted_kind_are_refused():
         DataError,
         match=r"none of the 70 rows of /events is of a kind in events\.event_types \['buy'\] \(column 'kind'\)",
     ):
-        _judge(counts(events=0, unwanted_kind=70, first=None, last=None), "s", chosen)
+        require_usable(counts(events=0, unwanted_kind=70, first=None, last=None), "s", chosen)
 
 
 @pytest.mark.parametrize(
@@ -231,18 +238,18 @@ def test_a_unit_that_cannot_be_right_is_refused(unit, factor):
         match=rf"run from {wrong['first']} to {wrong['last']}, which in unit '{unit}' is not between 1990 and 2100; "
         r"check events\.timestamp_unit",
     ):
-        _judge(wrong, unit, events_settings())
+        require_usable(wrong, unit, events_settings())
 
 
 def test_one_event_of_1970_is_enough_to_doubt_the_unit():
     with pytest.raises(DataError, match="run from 0 to"):
-        _judge(counts(first=0), "s", events_settings())
+        require_usable(counts(first=0), "s", events_settings())
 
 
 def test_positions_have_no_plausible_range_and_times_do():
-    _judge(counts(first=0, last=10**15), "position", events_settings())
+    require_usable(counts(first=0, last=10**15), "position", events_settings())
     with pytest.raises(DataError, match="is not between 1990 and 2100"):
-        _judge(counts(first=0, last=10**15), "s", events_settings())
+        require_usable(counts(first=0, last=10**15), "s", events_settings())
 
 
 def test_counts_of_parts_add_up():
@@ -251,7 +258,7 @@ def test_counts_of_parts_add_up():
         counts(events=2, nulls=2, first=None, last=None),
         counts(events=4, unwanted_kind=6, unknown=2, unknown_examples=["a", "b"], first=2, last=3),
     ]
-    assert _add(parts) == {
+    assert add_counts(parts) == {
         "events": 9,
         "unwanted_kind": 6,
         "nulls": 3,
