@@ -1,6 +1,6 @@
 """Evaluations of one night or of several -> JSON, and one Markdown table beside published rows.
 
-    python jobs/compare.py --date 2026-11-25 --json F.json --markdown README.md beauty=data/amazon/beauty
+    python jobs/compare.py --date 2026-11-25 --json F.json --markdown docs/results/amazon.md beauty=data/amazon/beauty
 
 Another date of a root is a table of its own: `"beauty masked=data/amazon/beauty@2026-11-26"`. The first word is
 the data set, whose published rows stand below ours.

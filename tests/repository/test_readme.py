@@ -1,10 +1,11 @@
-"""The README says what is there."""
+"""README.md and the pages of docs/ say what is there."""
 
 import re
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
+import pytest
 
 from tiger_ray import errors
 from tiger_ray.artifacts.storage import Storage
@@ -12,41 +13,79 @@ from tiger_ray.settings.loading import setting_names
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+PAGES = {
+    str(page.relative_to(ROOT)): page.read_text()
+    for page in [ROOT / "README.md", *ROOT.rglob("docs/**/*.md")]
+}
+ALL = "\n".join(PAGES.values())
 
 
-def test_every_make_target_in_the_readme_exists():
+def test_the_readme_is_a_door_and_not_a_book():
+    assert len(README.splitlines()) <= 150
+
+
+def test_every_make_target_in_the_docs_exists():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert {"demo", "test"} <= set(re.findall(r"make (\w+)", README)) <= targets
+    assert {"demo", "test"} <= set(re.findall(r"make (\w+)", README))
+    assert set(re.findall(r"(?:`|^    )make (\w+)", ALL, re.MULTILINE)) <= targets
 
 
-def test_every_file_named_in_the_readme_exists():
-    named = set(re.findall(r"\b(?:jobs|tiger_ray)/[\w/]+\.(?:py|yaml)\b", README)) | {
-        "cluster.yaml",
-        "constraints.txt",
-    }
-    assert len(named) > 5
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_named_in_the_docs_exists(page):
+    named = set(re.findall(r"\b(?:jobs|tiger_ray|tests|docs)/[\w/]+\.(?:py|yaml|md|csv)\b", PAGES[page]))
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_every_setting_named_in_the_readme_exists():
+def test_the_readme_names_files():
+    assert len(set(re.findall(r"\b(?:jobs|tiger_ray)/[\w/]+\.(?:py|yaml)\b", README))) > 5
+    assert (ROOT / "cluster.yaml").exists()
+    assert (ROOT / "constraints.txt").exists()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if re.match(r"https?://", target):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / file if file else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors(path.read_text()), target
+
+
+def anchors(text):
+    """Anchors of the headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_setting_named_in_the_docs_exists(page):
     names = set(setting_names())
     sections = {name.split(".")[0] for name in names if "." in name}
-    named = {m for m in re.findall(r"\b([a-z_]+\.[a-z_]+)\b", README) if m.split(".")[0] in sections}
+    words = re.findall(r"(?<![\w/.])([a-z_]+\.[a-z_]+)\b(?![/(.])", PAGES[page])
+    named = {word for word in words if word.split(".")[0] in sections}
     others = {"ray.io"} | {
-        f"{path.stem}.{suffix}"
-        for folder in ("jobs", "tiger_ray")
-        for path in (ROOT / folder).rglob("*")
-        for suffix in ("py", "yaml")
+        f"{path.stem}{path.suffix}"
+        for folder in ("jobs", "tiger_ray", "docs")
+        for path in (ROOT / folder).rglob("*.*")
     }
-    assert len(named) > 10
-    assert named - others <= names
+    files = {f"{name}.{ending}" for name in ("model", "quantizer") for ending in ("safetensors", "json")}
+    assert named - others - files <= names
 
 
-def test_exit_codes_in_the_readme_are_those_of_the_errors():
-    line = next(line for line in README.splitlines() if line.startswith("Exit codes:"))
-    codes = {int(code) for code in re.findall(r"(\d+) [a-z]", line)}
+def test_the_docs_name_settings():
+    names = set(setting_names())
+    operations = set(re.findall(r"`(?:--)?([a-z_]+\.[a-z_]+)", PAGES["docs/operations.md"])) & names
+    assert len(operations) > 10
+
+
+def test_exit_codes_in_the_docs_are_those_of_the_errors():
+    table = PAGES["docs/operations.md"].partition("## Exit codes")[2].partition("###")[0]
+    codes = {int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)}
     tree = {kind.exit_code for kind in vars(errors).values() if isinstance(kind, type)}
-    assert codes == tree | {0, 130}
+    assert codes == tree | {0, 1, 130}
 
 
 def test_the_reading_snippet_reads_what_is_published(tmp_path, monkeypatch):
