@@ -46,7 +46,7 @@ def test_the_study_of_amazon_lists_a_night_and_five_rivals_for_each_set_and_date
         f"python jobs/baseline.py {SPORTS_MASKED} --config jobs/sasrec.yaml --sasrec.loss binary"
     )
     assert listed[-1] == (
-        "python jobs/compare.py --date 2026-11-23 --markdown README.md --json data/amazon/results.json "
+        "python jobs/compare.py --date 2026-11-23 --markdown docs/results/amazon.md --json docs/results/amazon.json "
         "beauty=data/amazon/beauty@2026-11-23 'beauty masked=data/amazon/beauty@2026-11-24' "
         "toys=data/amazon/toys@2026-11-23 'toys masked=data/amazon/toys@2026-11-24' "
         "sports=data/amazon/sports@2026-11-23 'sports masked=data/amazon/sports@2026-11-24'"

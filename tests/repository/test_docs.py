@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import pyarrow as pa
 import pytest
+import yaml
 from pydantic import Field
 
 from tests.repository.test_layout import APART, FLOORS
@@ -98,3 +99,14 @@ def test_a_circle_of_imports_has_no_floor(docs):
 def test_text_outside_of_the_marks_is_kept(docs):
     page = "before\n<!-- x -->\nold\n<!-- /x -->\nafter\n"
     assert docs.between(page, "x", "new") == "before\n<!-- x -->\n\nnew\n\n<!-- /x -->\nafter\n"
+
+
+def test_the_page_of_a_study_has_a_table_of_each_set_and_night_between_its_marks():
+    study = yaml.safe_load((ROOT / "jobs" / "studies" / "amazon.yaml").read_text())
+    words = study["tables"].split()
+    page = (ROOT / words[words.index("--markdown") + 1]).read_text()
+    between = page.partition("<!-- results -->")[2].partition("<!-- /results -->")[0]
+    tables = re.findall(r"^\*\*(.+)\*\*$", between, re.MULTILINE)
+    assert tables == [
+        f"{name} {night['name']}".strip() for name in study["sets"] for night in study["nights"]
+    ]
