@@ -121,7 +121,9 @@ def test_a_template_may_only_use_columns_of_the_text():
         ValueError, match=r"catalog\.template uses \{brand\}, which catalog\.text does not name"
     ):
         catalog_settings(template="{brand}")
-    with pytest.raises(ValueError, match=r"catalog\.template '\{title' is not a format string: .*expected '\}'"):
+    with pytest.raises(
+        ValueError, match=r"catalog\.template '\{title' is not a format string: .*expected '\}'"
+    ):
         catalog_settings(template="{title")
     for template in ("{title:>10}", "{title!r}"):
         with pytest.raises(ValueError, match=r"catalog\.template gives \{title\} a format"):
