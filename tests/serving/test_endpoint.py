@@ -42,6 +42,7 @@ from tiger_ray.serving.http import MAX_BODY_BYTES, PROBLEMS, IdTypes, Problem, Q
 from tiger_ray.serving.replica import Snapshot
 from tiger_ray.settings.serving import ServingSettings
 from tiger_ray.stages import recommendations
+from tiger_ray.stages.stage import Context
 
 pytestmark = [pytest.mark.ray, pytest.mark.serve]
 
@@ -606,8 +607,12 @@ def test_only_a_draw_is_made_again_for_another_seed(world: World) -> None:
     for sample in (False, True):
         decoding = world.settings.decoding.model_copy(update={"sample": sample})
         names = [
-            recommendations.scoring_name(
-                world.settings.model_copy(update={"decoding": decoding, "seed": seed}), world.manifests
+            recommendations._scoring(
+                Context(
+                    world.settings.model_copy(update={"decoding": decoding, "seed": seed}),
+                    world.storage,
+                    world.manifests,
+                )
             )
             for seed in (0, 1)
         ]
