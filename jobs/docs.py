@@ -144,8 +144,10 @@ def limits_of(metadata: Any) -> Iterator[str]:
     """Limits that pydantic keeps beside a type, as text."""
     for part in getattr(metadata, "metadata", [metadata]):
         for name, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<")):
-            if getattr(part, name, None) is not None:
-                yield f"{sign} {getattr(part, name)}"
+            limit = getattr(part, name, None)
+            if limit is not None:
+                # 0 and 0.0 are equal, so Python may give either for the same annotation.
+                yield f"{sign} {limit:g}"
 
 
 # Artifacts

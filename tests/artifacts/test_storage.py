@@ -654,7 +654,9 @@ def test_a_credential_that_the_store_repeats_is_not_passed_on(
 
 def test_check_says_by_how_much_the_clock_is_off(failing_store: Callable[..., Storage]) -> None:
     storage = failing_store(403, "RequestTimeTooSkewed", Date="Mon, 23 Nov 2020 00:00:00 GMT")
-    with pytest.raises(StorageError, match=r"clock of this machine is off by \+\d{7} minutes: set it right"):
+    with pytest.raises(
+        StorageError, match=r"clock of this machine is off by \+\d{7} minutes: correct the clock"
+    ):
         storage.check()
 
 

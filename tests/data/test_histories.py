@@ -188,10 +188,10 @@ def test_validation_asks_for_the_first_event_of_its_period_given_all_before(even
             part = load_validation(
                 *written, 10**6, lambda *_: None, holdout="time", rank=rank, world_size=workers
             )
-            ends = part.lengths_B.cumsum()
+            ends = part.histories.lengths_B.cumsum()
             found += [
-                (part.item_E[end - length : end].tolist(), int(target))
-                for end, length, target in zip(ends, part.lengths_B, part.target_B, strict=True)
+                (part.histories.item_index_E[end - length : end].tolist(), int(target))
+                for end, length, target in zip(ends, part.histories.lengths_B, part.target_B, strict=True)
             ]
     assert sorted(found) == sorted(expected)
 

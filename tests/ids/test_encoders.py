@@ -16,6 +16,7 @@ from tiger_ray.settings.embeddings import EmbeddingsSettings
 from tiger_ray.settings.settings import Settings
 from tiger_ray.stages import embeddings as embeddings_stage
 from tiger_ray.stages.embeddings import _EmbedShard
+from tiger_ray.stages.stage import Context
 
 
 def test_vectors_that_tell_nothing_are_refused_by_item():
@@ -46,7 +47,8 @@ def test_vectors_of_another_column_are_another_space(encoder, differ, monkeypatc
             events={"uri": "/e"},
             embeddings={"encoder": encoder},
         )
-        return embeddings_stage._compute(None, settings, storage, catalog, None)[1]["encoder"]
+        context = Context(settings, storage, {"catalog": catalog})
+        return embeddings_stage.STAGE.compute(None, context)[1]["encoder"]
 
     assert encoder_of("picture") == encoder_of("picture")
     assert (encoder_of("picture") != encoder_of("text")) == differ

@@ -200,6 +200,7 @@ class Storage(Objects):
 
         Raises:
             ArtifactError: nothing is published for the date, or a file of what is published is missing.
+            PublishError: another job moved `latest.json` meanwhile; nothing was changed.
         """
         manifest = self.resolve(artifact, date)
         if not self.is_intact(manifest):
@@ -209,14 +210,23 @@ class Storage(Objects):
             )
         key = f"{artifact}/latest.json"
         data = canonical_json({"date": date, "run_id": manifest.run_id})
+        at_start = self.get(key)
 
-        def move() -> str | None:
+        def move() -> None:
+            # Read before every write: an earlier write of ours may have landed though its answer was lost.
             there = self.store.get(key)
-            if there is None or there.data != data:
-                self.store.put_if(key, data, None if there is None else there.etag)
-            return None if there is None else _date_in(there.data) or None
+            if there is not None and there.data == data:
+                return
+            if (None if there is None else there.data) != (None if at_start is None else at_start.data):
+                now = "" if there is None else _date_in(there.data)
+                raise PublishError(
+                    f"{self.uri(key)} was moved by another job meanwhile and names {now or 'no date'} now; nothing was "
+                    "changed. Run the rollback again if it is still wanted"
+                )
+            self.store.put_if(key, data, None if there is None else there.etag)
 
-        return self.persist(move)
+        self.persist(move)
+        return None if at_start is None else _date_in(at_start.data) or None
 
     # Chains
 

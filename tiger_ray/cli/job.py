@@ -35,7 +35,7 @@ UNREAD = {"date": NO_DATE, "catalog": {"uri": "-"}, "events": {"uri": "-"}}
 def run_verb(act: Callable[[], int | None]) -> int:
     """Call `act` and return the exit code; an error ends with its message and how to go on, without a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    show_logs()
+    stop_showing = show_logs()
     in_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _terminate) if in_main else None
     try:
@@ -54,6 +54,7 @@ def run_verb(act: Callable[[], int | None]) -> int:
         )
         return UNFORESEEN
     finally:
+        stop_showing()
         if in_main:
             signal.signal(signal.SIGTERM, before)
 

@@ -106,7 +106,16 @@ def _examples(
 
 
 def titles_of(storage: Storage, catalog: Manifest, wanted: set[Any]) -> dict[Any, str]:
-    """Titles of a few items; reads only the catalog files with these items, one at a time."""
+    """Titles of a few items; reads only the catalog files with these items, one at a time.
+
+    Args:
+        storage: root of the artifacts.
+        catalog: manifest with the titles.
+        wanted: item ids.
+
+    Returns:
+        Item id -> title, also for an item that the catalog lacks.
+    """
     if not wanted:
         return {}
     titles = {item: f"item {item}, not in the catalog" for item in wanted}
