@@ -3,7 +3,7 @@
 An example is a user's history cut before one of its events: the model reads the items before it and writes
 the Semantic ID of that item. Which examples make up step s follows from the seed and s alone (`examples.py`),
 so a resumed run continues exactly, and any number of workers sees the same global batches. The loop itself
-is `optimization.fit`.
+is `training.loop.fit`.
 
 At each checkpoint the model ranks the validation event of some users (`validation.py`); the best
 checkpoint becomes the model.
