@@ -3,9 +3,10 @@
     python jobs/benchmarks/gpu.py --json gpu.json
     python jobs/benchmarks/gpu.py --only quality --world beauty.npz --seeds 3 --steps 20000 --json quality.json
 
-Needs torch, transformers and pyarrow, but neither Ray nor a network: one script for a machine that is lent for
-minutes. The planted model and items are those of `decode.py` and `train.py`. The part `quality` trains on a real
-world, one file that is made beforehand, where Ray is, from what a night published:
+Needs torch, transformers, pyarrow, pandas, pydantic-settings, pyyaml and safetensors, but neither Ray nor boto3 nor
+a network: one script for a machine that is lent for minutes. The planted model and items are those of `decode.py`
+and `train.py`. The part `quality` trains on a real world, one file that is made beforehand, where all of tiger_ray is
+installed, from what a night published:
 
     python jobs/benchmarks/gpu.py --export ROOT --date 2026-11-26 --world beauty.npz
 
