@@ -1,4 +1,4 @@
-"""The pages of `docs/` that follow from the code: settings, artifacts, and the pictures of the architecture.
+"""The pages of `docs/` that follow from the code: settings, artifacts, command line, pictures of the architecture.
 
     python jobs/docs.py
 
@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import numpy as np
 import pyarrow as pa
+from pydantic import BaseModel
 
 from tiger_ray.artifacts import schemas
+from tiger_ray.artifacts.metadata import MODELS, Metadata, Metrics, TrainedMetadata
+from tiger_ray.cli import reference
 from tiger_ray.ids.semantic_ids import segment_of
 from tiger_ray.settings import Settings
 from tiger_ray.settings.base import Section
@@ -44,6 +48,7 @@ def pages() -> dict[Path, str]:
         DOCS / "settings.md": settings_page(),
         DOCS / "artifacts.md": artifacts_page(),
         DOCS / "architecture.md": architecture,
+        DOCS / "cli.md": reference.page(),
     }
 
 
@@ -110,7 +115,11 @@ def rows(prefix: str, fields: dict[str, Any]) -> Iterator[str]:
 
 
 def is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Section)
+    return is_a(Section, annotation)
+
+
+def is_a(base: type, annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, base)
 
 
 def default_of(field: Any) -> str:
@@ -280,6 +289,10 @@ def artifacts_page() -> str:
         "bytes and SHA-256. A file that no manifest names does not exist for a reader. `N` stands for a digit.",
         "",
         "The id columns have the type of the input: string, large string or int64.",
+        "",
+        "`metadata` of the manifest holds facts about the content; the last table of each artifact has its fields. A",
+        "manifest that lacks a field, or has a wrong one, is refused with the name of the field. *May be left out* says",
+        "that the field is newer than some published manifests.",
     ]
     for stage in NIGHT:
         lines += ["", f"## {stage.name}", "", f"{stage.does} (format version {stage.format_version})."]
@@ -293,7 +306,50 @@ def artifacts_page() -> str:
                 lines.append(
                     f"| `{field.name}` | {arrow_type(field.type)}{null} | {cell(COLUMNS[field.name])} |"
                 )
+        lines += metadata_table(MODELS[stage.name])
+    lines += [
+        "",
+        "## model-NAME, evaluation-NAME",
+        "",
+        "What `jobs/baseline.py` publishes: a trained baseline, and the evaluation of a baseline. The files of the",
+        "evaluation, and its metadata, are those of `evaluation`.",
+        *metadata_table(TrainedMetadata),
+    ]
     return "\n".join(lines) + "\n"
+
+
+def metadata_table(model: type[Metadata]) -> list[str]:
+    """The metadata of an artifact as a table, below what it says of itself."""
+    lines = ["", f"`metadata`: {first_paragraph(model.__doc__)}"]
+    lines += ["", "| field | type | meaning |", "|---|---|---|", *metadata_rows("", model)]
+    return lines
+
+
+def metadata_rows(prefix: str, model: type[BaseModel]) -> Iterator[str]:
+    """One line for each field of a model, and for each field of the models within."""
+    for name, field in model.model_fields.items():
+        annotation = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+        left_out = "" if field.is_required() else ", may be left out"
+        yield f"| `{prefix}{name}` | {json_type(annotation)}{left_out} | {cell(field.description)} |"
+        for part in (field.annotation, *get_args(field.annotation)):
+            if is_a(BaseModel, part):
+                yield from metadata_rows(f"{prefix}{name}.", part)
+    if is_a(Metrics, model) or getattr(model, "has_metrics", False):
+        yield f"| `{prefix}ndcg@10`, ... | number | Each metric by its name, a mean over users. |"
+    elif model.model_config.get("extra") == "allow":
+        yield f"| `{prefix}*` | any | Fields that a ranker adds. |"
+
+
+def json_type(annotation: Any) -> str:
+    """The type of a field in the words of JSON, with its limits."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return json_type(next(part for part in parts if part is not type(None))) + ", or null"
+    if origin is tuple:
+        return f"list of {json_type(parts[0])}"
+    if annotation is dict or origin is dict or is_a(BaseModel, annotation) or is_dataclass(annotation):
+        return "object"
+    return type_of(annotation)
 
 
 def arrow_type(kind: pa.DataType) -> str:

@@ -8,9 +8,11 @@ from typing import Annotated, Literal
 import pyarrow as pa
 import pytest
 import yaml
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
+from tests.manifests import metadata_of
 from tests.repository.test_layout import APART, FLOORS
+from tiger_ray.artifacts.metadata import MODELS
 from tiger_ray.settings.base import Section, operational
 from tiger_ray.settings.loading import setting_names
 from tiger_ray.stages.night import NIGHT
@@ -58,6 +60,42 @@ def test_every_artifact_of_the_night_has_files_and_every_column_a_meaning(docs):
     assert list(docs.FILES) == [stage.name for stage in NIGHT]
     columns = {field.name for files in docs.FILES.values() for _, _, fields in files for field in fields}
     assert columns == set(docs.COLUMNS)
+
+
+def test_the_metadata_of_a_real_artifact_has_a_row_for_every_field(docs):
+    page = docs.artifacts_page()
+    for artifact in MODELS:
+        section = page.partition(f"\n## {artifact}\n")[2].partition("\n## ")[0]
+        rows = re.findall(r"^\| `([^`]+)`.*\| (.*) \|$", section.partition("`metadata`: ")[2], re.MULTILINE)
+        assert {name for name in metadata_of(artifact) if "@" not in name} <= {name for name, _ in rows}
+        assert all(meaning not in ("", "None") for _, meaning in rows)
+
+
+def test_models_within_a_model_are_listed_by_their_dotted_names(docs):
+    class Inner(BaseModel):
+        """Inner."""
+
+        model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+
+        share: Annotated[float, Field(le=1.0)] | None = None
+        """A share."""
+
+    class Outer(BaseModel):
+        """Outer."""
+
+        model_config = ConfigDict(use_attribute_docstrings=True)
+
+        inner: Inner
+        """Inner values."""
+        sizes: tuple[int, ...]
+        """Sizes."""
+
+    assert list(docs.metadata_rows("", Outer)) == [
+        "| `inner` | object | Inner values. |",
+        "| `inner.share` | number ≤ 1.0, or null, may be left out | A share. |",
+        "| `inner.*` | any | Fields that a ranker adds. |",
+        "| `sizes` | list of integer | Sizes. |",
+    ]
 
 
 def test_arrow_types_are_told_in_words(docs):

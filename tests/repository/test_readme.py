@@ -64,7 +64,10 @@ def anchors(text):
 def test_every_setting_named_in_the_docs_exists(page):
     names = set(setting_names())
     sections = {name.split(".")[0] for name in names if "." in name}
-    words = re.findall(r"(?<![\w/.])([a-z_]+\.[a-z][a-z_]*)\b(?![/(.])", PAGES[page])
+    text = PAGES[page]
+    if page == "docs/artifacts.md":  # the tables name fields of manifests, such as `model.users`
+        text = re.sub(r"^\| `[^`]+`", "", text, flags=re.MULTILINE)
+    words = re.findall(r"(?<![\w/.])([a-z_]+\.[a-z][a-z_]*)\b(?![/(.])", text)
     named = {word for word in words if word.split(".")[0] in sections}
     others = {"ray.io"} | {
         f"{path.stem}{path.suffix}"

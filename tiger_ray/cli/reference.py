@@ -1,7 +1,4 @@
-"""The page `docs/cli.md`, made from the command line itself.
-
-python -m tiger_ray.cli.reference > docs/cli.md
-"""
+"""The page `docs/cli.md`, made from the command line itself; `jobs/docs.py` writes it."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from tiger_ray.errors import TigerError
 
 PAGE_HEAD = """# The command line
 
-<!-- made by `python -m tiger_ray.cli.reference`; change the texts there -->
+<!-- written by `python jobs/docs.py`; change the code, not this page -->
 
 `pip install .` brings `tiger-ray`. Each `jobs/*.py` is one of its verbs, for `ray job submit`.
 """
@@ -101,7 +98,3 @@ def _exit_codes() -> Iterator[str]:
     for kind in sorted(kinds, key=lambda kind: (kind.exit_code, kind.__name__)):
         yield f"| {kind.exit_code} | `{kind.__name__}`: {_first_sentence(kind.__doc__ or '')} | {kind.go_on} |"
     yield f"| {INTERRUPTED} | Ctrl-C or SIGTERM | The same command continues where this one ended. |"
-
-
-if __name__ == "__main__":
-    print(page(), end="")
