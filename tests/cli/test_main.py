@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from tiger_ray import errors
+from tiger_ray.artifacts.metadata import MODELS
 from tiger_ray.cli.flags import split_words
 from tiger_ray.cli.job import INTERRUPTED, UNFORESEEN, run_verb
 from tiger_ray.cli.main import main
-from tiger_ray.cli.reference import page
 from tiger_ray.errors import TigerError
+from tiger_ray.stages.night import STAGE_NAMES
 
 REPO = Path(__file__).parents[2]
 HEAVY = ("ray", "torch", "pandas", "pyarrow", "sklearn", "boto3", "numpy", "yaml", "tiger_ray.settings")
@@ -63,19 +64,20 @@ def test_a_mistyped_word_names_the_nearest_and_exits_2(words, nearest, capsys):
     assert nearest is None or nearest in shown
 
 
-def test_a_mistyped_stage_names_the_nearest(tmp_path, capsys):
-    words = [
-        "--date",
-        "2026-11-23",
-        "--storage.root",
-        str(tmp_path),
-        "--catalog.uri",
-        "c",
-        "--events.uri",
-        "e",
-    ]
-    assert main(["run", "modle", *words]) == 2
-    assert "there is no stage 'modle'; did you mean model?" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        ("modle", "there is no stage 'modle'; did you mean model?"),
+        ("x", "there is no stage 'x'. Stages: catalog"),
+    ],
+)
+def test_a_mistyped_stage_is_refused_before_anything_else_is_read(stage, said, capsys):
+    assert main(["run", stage, "--config", "missing.yaml"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_stages_that_verbs_know_are_those_of_the_night():
+    assert tuple(MODELS) == STAGE_NAMES
 
 
 def test_settings_are_told_apart_from_a_verb_s_own_words():
@@ -133,7 +135,3 @@ def test_an_unforeseen_error_shows_the_traceback_and_exits_1(capsys):
     said = capsys.readouterr().err
     assert "ZeroDivisionError" in said
     assert "How to go on: This error was not foreseen" in said
-
-
-def test_the_page_of_the_command_line_is_current():
-    assert (REPO / "docs/cli.md").read_text() == page(), "python -m tiger_ray.cli.reference > docs/cli.md"

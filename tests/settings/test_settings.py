@@ -104,7 +104,7 @@ def test_a_wrong_value_is_named_with_its_key(night, yaml, words, message):
 
 def test_a_missing_required_setting_says_both_ways_to_set_it(night):
     with pytest.raises(
-        SettingsError, match=r"catalog is required: set it in the YAML file or with --catalog"
+        SettingsError, match=r"catalog\.uri is required: set it in the YAML file or with --catalog\.uri"
     ):
         night(required="storage: {root: /r}\nevents: {uri: /e}\n")
 

@@ -96,23 +96,28 @@ def run(
     """
 
     def act() -> None:
+        chosen = _known(stages or [])
         settings, store = open_night(context.args)
         from tiger_ray.cli.night import run_and_show
 
-        run_and_show(settings, store, *_known(stages or []))
+        run_and_show(settings, store, *chosen)
 
     _end(act)
 
 
 def _known(stages: Sequence[str]) -> Sequence[str]:
     """The names of stages, or an error that names the nearest one."""
-    from tiger_ray.stages.night import STAGE_NAMES
+    if not stages:
+        return stages
+    from tiger_ray.artifacts.metadata import (
+        MODELS,
+    )  # the module of the stages imports Ray, which takes seconds
 
     for stage in stages:
-        if stage not in STAGE_NAMES:
-            near = difflib.get_close_matches(stage, STAGE_NAMES, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise SettingsError(f"there is no stage {stage!r}{hint} Stages: {', '.join(STAGE_NAMES)}")
+        if stage not in MODELS:
+            near = difflib.get_close_matches(stage, MODELS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise SettingsError(f"there is no stage {stage!r}{hint} Stages: {', '.join(MODELS)}")
     return stages
 
 

@@ -14,7 +14,12 @@ import pyarrow.compute as pc
 from tiger_ray.artifacts.files import shard_name
 from tiger_ray.artifacts.inventory import holdings
 from tiger_ray.artifacts.manifest import Manifest
-from tiger_ray.artifacts.metadata import RecommendationsMetadata, SemanticIdsMetadata, SequencesMetadata
+from tiger_ray.artifacts.metadata import (
+    MODELS,
+    RecommendationsMetadata,
+    SemanticIdsMetadata,
+    SequencesMetadata,
+)
 from tiger_ray.artifacts.record import Record, read_record
 from tiger_ray.artifacts.storage import Storage
 from tiger_ray.cli.job import NO_DATE, open_storage
@@ -306,13 +311,11 @@ def show_run(words: Sequence[str], date: str) -> None:
     Raises:
         ArtifactError: nothing is published for the night.
     """
-    from tiger_ray.stages.night import STAGE_NAMES  # Ray is imported with the stages, and not started
-
     night = _open(words, date)
-    others = [each.artifact for each in holdings(night.storage) if each.artifact not in STAGE_NAMES]
+    others = [each.artifact for each in holdings(night.storage) if each.artifact not in MODELS]
     found = {
         artifact: manifest
-        for artifact in (*STAGE_NAMES, *others)
+        for artifact in (*MODELS, *others)
         if (manifest := night.published(artifact)) is not None
     }
     if not found:

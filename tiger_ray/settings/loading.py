@@ -177,10 +177,21 @@ def _explain(error: ValidationError, known: list[str]) -> Iterator[str]:
         if problem["type"] == "extra_forbidden":
             yield f"  unknown setting {name}{_did_you_mean(name, known)}"
         elif problem["type"] == "missing":
-            yield f"  {name} is required: set it in the YAML file or with --{name}"
+            for wanted in _required(name):
+                yield f"  {wanted} is required: set it in the YAML file or with --{wanted}"
         else:
-            got = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
+            said = isinstance(problem["input"], dict) or repr(problem["input"]) in problem["msg"]
+            got = "" if said else f" (got {problem['input']!r})"
             yield f"  {name + ': ' if name else ''}{problem['msg'].removeprefix('Value error, ')}{got}"
+
+
+def _required(name: str) -> list[str]:
+    """The settings without default of a section; the name itself, if it names a setting."""
+    field = Settings.model_fields.get(name)
+    section = field.annotation if field else None
+    if not (isinstance(section, type) and issubclass(section, BaseModel)):
+        return [name]
+    return [f"{name}.{own}" for own, part in section.model_fields.items() if part.is_required()]
 
 
 def _did_you_mean(name: str, known: Iterator[str] | list[str]) -> str:
