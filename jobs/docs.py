@@ -156,7 +156,7 @@ def limits_of(metadata: Any) -> Iterator[str]:
             limit = getattr(part, name, None)
             if limit is not None:
                 # 0 and 0.0 are equal, so Python may give either for the same annotation.
-                yield f"{sign} {limit:g}"
+                yield f"{sign} {limit:.15g}"
 
 
 # Artifacts

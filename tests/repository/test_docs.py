@@ -51,7 +51,7 @@ def test_operational_settings_are_marked_and_types_have_their_limits(docs):
         """Kinds."""
 
     assert list(docs.rows("planted.", Planted.model_fields))[2:] == [
-        "| `planted.share` | number ≥ 0.0, ≤ 0.5, or empty | empty | no | A share \\| a part. |",
+        "| `planted.share` | number ≥ 0, ≤ 0.5, or empty | empty | no | A share \\| a part. |",
         "| `planted.kinds` | list of `a` or `b` | `[a]` | yes | Kinds. |",
     ]
 
@@ -92,7 +92,7 @@ def test_models_within_a_model_are_listed_by_their_dotted_names(docs):
 
     assert list(docs.metadata_rows("", Outer)) == [
         "| `inner` | object | Inner values. |",
-        "| `inner.share` | number ≤ 1.0, or null, may be left out | A share. |",
+        "| `inner.share` | number ≤ 1, or null, may be left out | A share. |",
         "| `inner.*` | any | Fields that a ranker adds. |",
         "| `sizes` | list of integer | Sizes. |",
     ]
