@@ -34,6 +34,8 @@ def connect(settings: RaySettings) -> None:
     import ray
 
     if not ray.is_initialized():
+        if not sys.stdout.isatty():  # Ray colours the lines of its workers in a log file, too
+            os.environ.setdefault("RAY_COLOR_PREFIX", "0")
         address, num_cpus = settings.address, None
         if is_local(settings):
             address, num_cpus = "local", settings.num_cpus
