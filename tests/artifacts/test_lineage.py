@@ -63,7 +63,7 @@ def test_histories_of_another_registry_are_refused():
     with pytest.raises(
         ArtifactError,
         match=rf"sequences of 2026-11-23 \(run {RUN}\) are histories of the registry {theirs[:12]}: they were not built on "
-        rf"Semantic IDs {RUN} of 2026-11-23, which are the registry {ours[:12]}\. .*jobs/build_sequences\.py",
+        rf"Semantic IDs {RUN} of 2026-11-23, which are the registry {ours[:12]}\. .*run `tiger-ray run events sequences`",
     ):
         lineage.require_same_registry(manifest_of("sequences", inputs={"semantic_ids": theirs}), registry())
 
@@ -85,7 +85,7 @@ def test_a_model_of_another_id_space_is_refused():
     with pytest.raises(
         ArtifactError,
         match=rf"model of 2026-11-23 \(run {RUN}\) was trained on ID space abc-4x4x8, but Semantic IDs {RUN} of 2026-11-23 "
-        r"are of def-4x4x8; .*jobs/train_model\.py",
+        r"are of def-4x4x8; .*run `tiger-ray run model`",
     ):
         lineage.require_same_id_space(model, registry(space="def-4x4x8"))
 
@@ -98,7 +98,7 @@ def test_only_histories_that_know_the_moments_can_be_split_by_time():
     with pytest.raises(
         ArtifactError,
         match=rf"sequences of 2026-11-23 \(run {RUN}\) were built without sequences\.validation_from and "
-        r"sequences\.test_from, which training\.holdout 'time' needs; set both and build them again",
+        r"sequences\.test_from, which training\.holdout 'time' needs; set both and build the histories again: run `tiger-ray run events sequences`",
     ):
         lineage.require_holdout(without, "time")
 
@@ -115,7 +115,7 @@ def test_a_model_of_other_histories_is_refused():
     with pytest.raises(
         ArtifactError,
         match=rf"model of 2026-11-23 \(run {OTHER}\) was trained on other histories \(000000000000\) than sequences of "
-        rf"2026-11-23 \(run {RUN}\) \({ours[:12]}\): .*jobs/train_model\.py",
+        rf"2026-11-23 \(run {RUN}\) \({ours[:12]}\): .*run `tiger-ray run model`",
     ):
         lineage.require_same_histories(
             manifest_of("model", inputs={"sequences": "0" * 64}, run_id=OTHER), sequences
@@ -150,7 +150,10 @@ def test_evaluations_by_other_rules_are_not_compared():
     for section, said in (
         ({"ks": [5]}, r"evaluation\.ks \[5, 10\] and \[5\]; evaluate both with the same"),
         ({"max_history": 7}, r"evaluation\.max_history None and 7; evaluate"),
-        ({"exclude_history": True}, r"evaluation\.exclude_history False and True; .*jobs/baseline\.py"),
+        (
+            {"exclude_history": True},
+            r"evaluation\.exclude_history False and True; .*run `tiger-ray run evaluation`, or jobs/baseline\.py",
+        ),
     ):
         with pytest.raises(ArtifactError, match=both + said):
             lineage.require_same_protocol(evaluation(), evaluation(other, **section))

@@ -17,7 +17,7 @@ from tiger_ray.artifacts.metadata import (
     RecommendationsMetadata,
     SequencesMetadata,
     TrainedMetadata,
-    checked,
+    check_metadata,
     model_of,
 )
 from tiger_ray.errors import ArtifactError
@@ -194,19 +194,21 @@ def test_users_and_examples_are_those_of_the_holdout():
 def test_complete_metadata_is_published_as_it_is(artifact):
     metadata = complete(artifact)
     before = copy.deepcopy(metadata)
-    assert checked(artifact, metadata) == metadata == before
+    assert check_metadata(artifact, metadata) == metadata == before
 
 
 def test_metadata_with_an_unknown_or_a_wrong_field_is_not_published():
-    with pytest.raises(ArtifactError, match=r"the stage of catalog returned .* metadata\.itmes is no field"):
-        checked("catalog", metadata_of("catalog", itmes=3))
+    with pytest.raises(
+        ArtifactError, match=r"the stage of catalog returned .* metadata\.itmes is not a field"
+    ):
+        check_metadata("catalog", metadata_of("catalog", itmes=3))
     with pytest.raises(ArtifactError, match=r"the stage of quantizer returned .* metadata\.kind is missing"):
-        checked("quantizer", {"summary": "", "level_sizes": [4]})
-    assert checked("model", metadata_of("model", **{"recall@20": 0.75}))["recall@20"] == 0.75
+        check_metadata("quantizer", {"summary": "", "level_sizes": [4]})
+    assert check_metadata("model", metadata_of("model", **{"recall@20": 0.75}))["recall@20"] == 0.75
     # an artifact of one's own has the fields it likes, and a summary
-    assert checked("study", {"summary": "", "anything": 1}) == {"summary": "", "anything": 1}
+    assert check_metadata("study", {"summary": "", "anything": 1}) == {"summary": "", "anything": 1}
     with pytest.raises(ArtifactError, match=r"metadata\.summary is missing"):
-        checked("study", {"anything": 1})
+        check_metadata("study", {"anything": 1})
 
 
 def test_the_models_of_baselines_know_no_id_space():

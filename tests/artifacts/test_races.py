@@ -20,10 +20,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tiger_ray.artifacts import store as stores
 from tiger_ray.artifacts.manifest import Manifest
 from tiger_ray.artifacts.storage import Storage
-from tiger_ray.artifacts.store import InputFile, Stored
+from tiger_ray.artifacts.store import InputFile, NoAnswer, Outrun, Stored
 from tiger_ray.core.hashing import fingerprint
 from tiger_ray.errors import CommitUnknownError, PublishError, StorageError
 
@@ -50,7 +49,7 @@ def no_waiting() -> Iterator[None]:
             return 0.0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stores, "_jitter", NoJitter())
+        patch.setattr("tiger_ray.artifacts.store._jitter", NoJitter())
         yield
 
 
@@ -81,7 +80,7 @@ class Memory:
     def put_if(self, key: str, data: bytes, etag: str | None) -> None:
         there = self.get(key)
         if (there.etag if there else None) != etag:
-            raise stores.Outrun(key)
+            raise Outrun(key)
         self.put(key, data)
 
     def find(self, prefix: str) -> list[InputFile]:
@@ -112,12 +111,12 @@ class Faulty:
                 if fault == "kill before":
                     raise Killed
                 if fault == "unsent":
-                    raise stores.NoAnswer("503 SlowDown")
+                    raise NoAnswer("503 SlowDown")
                 result = operation(*arguments)
                 if fault == "kill after":
                     raise Killed
                 if fault == "lost answer":
-                    raise stores.NoAnswer("read timeout")
+                    raise NoAnswer("read timeout")
                 return result
 
         return request
@@ -340,7 +339,7 @@ def test_an_answer_that_never_comes_is_unknown_and_the_next_run_finds_out(applie
 
         def get(self, key: str) -> Stored | None:
             if commits[0]:
-                raise stores.NoAnswer("503 SlowDown")
+                raise NoAnswer("503 SlowDown")
             return super().get(key)
 
         def put_if(self, key: str, data: bytes, etag: str | None) -> None:
@@ -349,7 +348,7 @@ def test_an_answer_that_never_comes_is_unknown_and_the_next_run_finds_out(applie
             commits[0] += 1
             if applied:
                 memory.put_if(key, data, etag)
-            raise stores.NoAnswer("409 ConditionalRequestConflict")
+            raise NoAnswer("409 ConditionalRequestConflict")
 
     with pytest.raises(
         CommitUnknownError, match=r"may or may not be published\. Nothing was deleted; run the same"
@@ -456,7 +455,7 @@ def test_no_update_by_compare_and_swap_is_lost(
                 try:
                     store.put_if("counter", str(int(there.data) + 1).encode(), there.etag)
                     break
-                except stores.Outrun:
+                except Outrun:
                     continue
 
     with ThreadPoolExecutor(4) as threads:

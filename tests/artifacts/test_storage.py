@@ -21,11 +21,10 @@ import pytest
 
 from tiger_ray.artifacts import local, s3
 from tiger_ray.artifacts import storage as storage_module
-from tiger_ray.artifacts import store as stores
 from tiger_ray.artifacts.manifest import FileEntry, Manifest
 from tiger_ray.artifacts.run import Run
 from tiger_ray.artifacts.storage import Storage
-from tiger_ray.artifacts.store import InputFile
+from tiger_ray.artifacts.store import InputFile, NoAnswer, TryAgain
 from tiger_ray.core.hashing import fingerprint
 from tiger_ray.data import inputs
 from tiger_ray.data.inputs import input_filesystem, list_inputs, read_input_schema, require_unchanged
@@ -641,7 +640,7 @@ def test_check_says_what_to_change(
     with pytest.raises(StorageError) as caught:
         failing_store(status, code).check()
     assert remedy in str(caught.value)
-    assert not isinstance(caught.value, stores.TryAgain)
+    assert not isinstance(caught.value, TryAgain)
 
 
 def test_a_credential_that_the_store_repeats_is_not_passed_on(
@@ -673,7 +672,7 @@ def test_conflicts_throttling_and_server_errors_may_be_tried_again(
         lambda: store.put_if("key", b"", None),
         lambda: store.find("key"),
     ):
-        with pytest.raises(stores.NoAnswer, match=code):
+        with pytest.raises(NoAnswer, match=code):
             request()
 
 
@@ -708,7 +707,7 @@ def test_what_pyarrow_reports_is_told_apart_into_passing_and_lasting_faults(text
     store = s3.S3Store("bucket", "x", 1.0)
     with pytest.raises(StorageError) as caught, store._errors("PutObject", "key"):
         raise OSError(f"When writing key 'key' in bucket 'bucket': {text}")
-    assert isinstance(caught.value, stores.NoAnswer) == passing
+    assert isinstance(caught.value, NoAnswer) == passing
     assert "s3://bucket/x/key" in str(caught.value)
 
 

@@ -210,7 +210,7 @@ def test_replace_computes_again_only_what_is_damaged(night, tmp_path):
     [
         ({"users": "many"}, r"metadata\.users is 'many'"),
         ({"users": None}, r"metadata\.users is None"),
-        ({"users_tiem": 1}, r"metadata\.users_tiem is no field of SequencesMetadata"),
+        ({"users_tiem": 1}, r"metadata\.users_tiem is not a field of SequencesMetadata"),
     ],
 )
 def test_metadata_that_no_later_stage_could_read_is_not_published(night, metadata, problem):

@@ -24,7 +24,7 @@ GATES = ("min_ratio_to_popularity", "max_drop")
 
 
 def id_space(semantic_ids: Manifest) -> str:
-    """What a model must share with the Semantic IDs it reads: the quantizer and the sizes of the levels."""
+    """The ID space, which a model must share with its Semantic IDs: the quantizer and the sizes of the levels."""
     return SemanticIdsMetadata.of(semantic_ids).space
 
 
@@ -43,7 +43,7 @@ def segments_of(manifest: Manifest) -> list[FileEntry]:
 
 
 def is_of_model(evaluation: Manifest, model: Manifest) -> bool:
-    """Is it this model that was evaluated?"""
+    """True if the evaluation is of this model."""
     return evaluation.input("model") == model.digest
 
 
@@ -51,14 +51,14 @@ def require_same_registry(sequences: Manifest, semantic_ids: Manifest) -> None:
     """Refuse histories whose `item_index` means the items of another registry.
 
     Raises:
-        ArtifactError: names both registries, and the job that makes them fit.
+        ArtifactError: names both registries, and the command that builds fitting histories.
     """
     theirs, ours = sequences.input("semantic_ids"), registry_of(semantic_ids).digest
     if theirs != ours:
         raise ArtifactError(
             f"{sequences.title} are histories of the registry {theirs[:12]}: they were not built on Semantic IDs "
             f"{semantic_ids.run_id} of {semantic_ids.date}, which are the registry {ours[:12]}. Build the histories "
-            "again (jobs/build_sequences.py)"
+            "again: run `tiger-ray run events sequences`"
         )
 
 
@@ -87,12 +87,12 @@ def require_same_id_space(model: Manifest, semantic_ids: Manifest) -> None:
     if theirs != ours:
         raise ArtifactError(
             f"{model.title} was trained on ID space {theirs}, but Semantic IDs {semantic_ids.run_id} of "
-            f"{semantic_ids.date} are of {ours}; train a model on them (jobs/train_model.py)"
+            f"{semantic_ids.date} are of {ours}; train a model on these Semantic IDs: run `tiger-ray run model`"
         )
 
 
 def require_holdout(sequences: Manifest, holdout: str) -> None:
-    """Refuse histories that do not know the moments of the time split, if `training.holdout` asks for them.
+    """Refuse histories without the moments of the time split, if `training.holdout` asks for the split.
 
     Raises:
         ArtifactError: names the settings.
@@ -100,30 +100,31 @@ def require_holdout(sequences: Manifest, holdout: str) -> None:
     if SequencesMetadata.of(sequences).examples(holdout) is None:
         raise ArtifactError(
             f"{sequences.title} were built without sequences.validation_from and sequences.test_from, "
-            f"which training.holdout {holdout!r} needs; set both and build them again (jobs/build_sequences.py)"
+            f"which training.holdout {holdout!r} needs; set both and build the histories again: run `tiger-ray run events sequences`"
         )
 
 
 def require_same_histories(model: Manifest, sequences: Manifest) -> None:
-    """Refuse to evaluate a model on histories that it was not trained on: it may know what they hold out.
+    """Refuse to evaluate a model on other histories than those of its training: the model may have seen the held-out
+    events.
 
     Raises:
-        ArtifactError: names both.
+        ArtifactError: names model and histories.
     """
     theirs = model.input("sequences")
     if theirs != sequences.digest:
         raise ArtifactError(
             f"{model.title} was trained on other histories ({theirs[:12]}) than {sequences.title} "
-            f"({sequences.digest[:12]}): it may have seen the events it would be asked for. Train a model on these "
-            "(jobs/train_model.py)"
+            f"({sequences.digest[:12]}): the model may have seen the events that it would be asked for. Train a model on these "
+            "histories: run `tiger-ray run model`"
         )
 
 
 def require_same_protocol(evaluation: Manifest, other: Manifest) -> None:
-    """Refuse to compare two evaluations that were not made in the same way; which ranker was evaluated is free.
+    """Refuse to compare two evaluations that were not made in the same way; the rankers may differ.
 
     Raises:
-        ArtifactError: names both, and each setting that differs.
+        ArtifactError: names both evaluations, and each setting that differs.
     """
     ours, theirs = evaluation.setting("evaluation"), other.setting("evaluation")
     differ = [
@@ -137,12 +138,12 @@ def require_same_protocol(evaluation: Manifest, other: Manifest) -> None:
     if differ:
         raise ArtifactError(
             f"{evaluation.title} and {other.title} cannot be compared: {', '.join(differ)}; evaluate both with the "
-            "same training.holdout and the same section evaluation (jobs/evaluate.py, jobs/baseline.py)"
+            "same training.holdout and the same section evaluation: run `tiger-ray run evaluation`, or jobs/baseline.py for a baseline"
         )
 
 
 def require_same_model(last: Manifest, settings: Settings, semantic_ids: Manifest) -> None:
-    """Refuse to start from a model whose weights mean something else, or know what tonight hides.
+    """Refuse to start from a model of another ID space or shape, or from one that saw events which are hidden tonight.
 
     Args:
         last: the model to start from.
@@ -150,7 +151,7 @@ def require_same_model(last: Manifest, settings: Settings, semantic_ids: Manifes
         semantic_ids: of tonight.
 
     Raises:
-        ArtifactError: the model is of another ID space, holdout or shape; names both.
+        ArtifactError: the model is of another ID space, holdout or shape; names the values of both.
     """
     advice = (
         "Set training.warm_start to false for this night, with training.num_steps for a training from scratch"
@@ -176,10 +177,10 @@ def require_same_model(last: Manifest, settings: Settings, semantic_ids: Manifes
 
 
 def _require_hidden_from(last: Manifest, settings: Settings) -> None:
-    """The last model has not seen the events that tonight's test asks for, as far as settings can tell.
+    """Refuse a last model that may have been trained on tonight's test events, as far as settings can tell.
 
-    Of leave-one-out's validation events it has seen a few: an event that was a user's second and last was trained
-    on, and is one for validation when a third has come.
+    With leave-one-out the last model was trained on a few of tonight's validation events: the second and last event
+    of a user is a training event, and becomes the validation event when the user has a third.
     """
     tonight, before = settings.training.holdout, ModelMetadata.of(last).holdout
     if tonight == "none":
@@ -195,6 +196,6 @@ def _require_hidden_from(last: Manifest, settings: Settings) -> None:
             said = f"sequences.validation_from {began}, tonight's is {begins}"
     if said:
         raise ArtifactError(
-            f"training.warm_start: the model of {last.date} was trained with {said}: it may have seen events that "
-            "tonight are hidden, and would be praised for knowing them. Set training.warm_start to false for this night"
+            f"training.warm_start: the model of {last.date} was trained with {said}: the model may have seen "
+            "events that are hidden tonight, and its metrics would be too good. Set training.warm_start to false for this night"
         )

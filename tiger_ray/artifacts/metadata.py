@@ -33,7 +33,11 @@ _METRIC = re.compile(r"[a-z_]+@\d+")
 
 
 class Metadata(BaseModel):
-    """The metadata of an artifact; frozen. Fields that this version does not know are ignored."""
+    """The metadata of an artifact; frozen. Fields that this version does not know are ignored.
+
+    >>> EmbeddingsMetadata.check({"summary": "9 items x 4", "dim": 4, "encoder": "5e3f", "newer": 1}).dim
+    4
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
@@ -49,13 +53,13 @@ class Metadata(BaseModel):
                 restore the manifest.
         """
         try:
-            return cls._checked(manifest.metadata)
+            return cls.check(manifest.metadata)
         except ValidationError as error:
             raise manifest.damaged(_problem(error)) from None
 
     @classmethod
     def fits(cls, manifest: Manifest) -> bool:
-        """Can `of` read the manifest?"""
+        """True if `of` can read the manifest."""
         try:
             cls.of(manifest)
         except ArtifactError:
@@ -63,8 +67,8 @@ class Metadata(BaseModel):
         return True
 
     @classmethod
-    def _checked(cls, metadata: Mapping[str, Any]) -> Self:
-        # as JSON, which has lists and text where the fields are tuples and moments
+    def check(cls, metadata: Mapping[str, Any]) -> Self:
+        # Through JSON: manifests hold lists and text where the fields are tuples and moments.
         return cls.model_validate_json(json.dumps(metadata), strict=True)
 
 
@@ -177,9 +181,9 @@ class SequencesMetadata(Published):
     test_users_time: Count | None = None
     """Users with a test event, for holdout time."""
     validation_from: str | None = None
-    """Begin of the validation period, ISO 8601 in UTC."""
+    """Start of the validation period, ISO 8601 in UTC."""
     test_from: str | None = None
-    """Begin of the test period, ISO 8601 in UTC."""
+    """Start of the test period, ISO 8601 in UTC."""
 
     @model_validator(mode="after")
     def _time_split_is_whole(self) -> Self:
@@ -190,7 +194,7 @@ class SequencesMetadata(Published):
         return self
 
     def examples(self, holdout: str) -> int | None:
-        """Training examples that a holdout leaves; None: the histories do not know the moments of the time split."""
+        """Training examples that a holdout leaves; None: the histories have no moments of the time split."""
         return {
             "none": self.examples_none,
             "leave_one_out": self.examples_leave_one_out,
@@ -201,7 +205,7 @@ class SequencesMetadata(Published):
         """Users with an event held out.
 
         Args:
-            holdout: leave_one_out or time, of which the histories must know the moments (`require_holdout`).
+            holdout: leave_one_out, or time if the histories have its moments (`require_holdout`).
             split: validation or test.
         """
         found = {
@@ -237,7 +241,11 @@ class ModelMetadata(TrainedMetadata):
 
 
 class Metrics(BaseModel):
-    """What a ranker shows: users, and metrics by name such as `recall@10`, each a mean over users."""
+    """Metrics of a ranker by name, such as `recall@10`, each a mean over the users.
+
+    >>> Metrics.model_validate({"users": 2, "recall@10": 0.5}).by_name
+    {'recall@10': 0.5}
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
     __pydantic_extra__: dict[str, float] = Field(init=False)
@@ -247,7 +255,7 @@ class Metrics(BaseModel):
 
     @property
     def by_name(self) -> dict[str, float]:
-        """The metrics alone."""
+        """Only the metrics."""
         return dict(self.__pydantic_extra__)
 
     def as_dict(self) -> dict[str, Any]:
@@ -265,25 +273,25 @@ class Protocol(BaseModel):
     ranking: str
     """Which items are ranked, and by what."""
     history_masked: bool
-    """Are items of the user's history left out of the lists?"""
+    """True if the lists leave out the items of the user's history."""
     max_history: Annotated[int, Field(ge=1)] | None
-    """Events of a history at most that any ranker reads; null: all of them."""
+    """Most events of a history that any ranker reads; null: all."""
     ties: str
     """What orders events of equal timestamps: a column of the input, or `events.ties`."""
     unseen_targets: Literal["keep", "drop"]
-    """Are users evaluated whose target no training event has?"""
+    """`drop` if users are left out whose target is the item of no training event."""
     users: str
     """All users, or the size of the sample."""
     beam_width: Annotated[int, Field(ge=1)] | None = None
     """Beams of the decoder (TIGER)."""
     items: str | None = None
-    """Are items drawn, or the most probable ones taken (TIGER)?"""
+    """`drawn`, or `most probable` (TIGER)."""
     temperature: float | None = None
     """Temperature of the decoder (TIGER)."""
     model_history: Annotated[int, Field(ge=1)] | None = None
     """Events of a history that the model reads (TIGER and SASRec)."""
     encoder: str | None = None
-    """What made the embeddings (neighbours)."""
+    """Encoder of the embeddings (neighbours)."""
 
     def as_dict(self) -> dict[str, Any]:
         """The fields that were given, ready for JSON."""
@@ -294,15 +302,15 @@ class EvaluationMetadata(Published):
     """The evaluation of the night's model, or of a baseline."""
 
     model: Metrics
-    """What the ranker shows."""
+    """Metrics of the ranker."""
     popularity: Metrics
-    """What popularity shows for the same users."""
+    """Metrics of popularity for the same users."""
     protocol: Protocol
     """How both were evaluated."""
     periods: str | None = None
     """The moments of the time split, in words; null for other splits."""
     training: str | None = None
-    """What the ranker was trained with, in words; null for one that is not trained."""
+    """The training of the ranker, in words; null for a ranker without training."""
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
@@ -322,10 +330,10 @@ class EvaluationMetadata(Published):
 
 
 class LastEvaluation(Metrics):
-    """What the model of some recommendations shows, kept for the quality gate of the next night."""
+    """Metrics of the model of some recommendations, kept for the quality gate of the next night."""
 
     protocol: dict[str, Any]
-    """As in the evaluation, whatever version wrote it."""
+    """The protocol as the evaluation had it; not checked, because any version may have written it."""
 
 
 class RecommendationsMetadata(Published):
@@ -340,9 +348,9 @@ class RecommendationsMetadata(Published):
     eligible_items: Count
     """Items that may be recommended at all."""
     scoring: str
-    """Fingerprint of everything that decides the lists, which is all but the date."""
+    """Fingerprint of everything that decides the lists, which is everything except the date."""
     top_k: Annotated[int, Field(ge=1)]
-    """Items per user at most."""
+    """Most items per user."""
     form: Literal["wide", "long"]
     """One row per user, or one row per user and item."""
     model_version: str
@@ -352,7 +360,7 @@ class RecommendationsMetadata(Published):
     holdout: Holdout
     """Which events the model did not see in training."""
     evaluation: LastEvaluation | None
-    """What the model shows; null if the model has no evaluation."""
+    """Metrics of the model; null if the model has no evaluation."""
 
 
 MODELS: dict[str, type[Published]] = {
@@ -376,15 +384,15 @@ def model_of(artifact: str) -> type[Published]:
     return MODELS.get(artifact.partition("-")[0], Published)
 
 
-def checked(artifact: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata that a stage is about to publish, as it is.
+def check_metadata(artifact: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the metadata that a stage is about to publish, and return them unchanged.
 
     Raises:
         ArtifactError: a field is missing, of a wrong type or unknown.
     """
     model = model_of(artifact)
     try:
-        model._checked(metadata)
+        model.check(metadata)
         problem = None
     except ValidationError as error:
         problem = _problem(error)
@@ -392,7 +400,7 @@ def checked(artifact: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
         if model is Published or name in model.model_fields:
             continue
         if not (model.has_metrics and _METRIC.fullmatch(name)):
-            problem = problem or f"metadata.{name} is no field of {model.__name__}"
+            problem = problem or f"metadata.{name} is not a field of {model.__name__}"
     if problem:
         raise ArtifactError(
             f"the stage of {artifact} returned metadata that no later stage could read: {problem}. Nothing was "

@@ -1,8 +1,8 @@
 """The record of a stage: when and why it ran, how long, with how many workers and how much memory.
 
 `run.json` lies beside the manifest of a date. A record is not published: nothing is computed from a record, and a
-night without records is complete. The record of the computation also lies in the folder of the run, from
-where a night that reuses the run copies its cost.
+night without records is complete. The record of the computation also lies in the folder of the run; a night that
+reuses the run copies the cost from there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LONG = 200
 
 
 class Record(BaseModel):
-    """How one artifact of one night came about."""
+    """When, why and at what cost one artifact of one night was published."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -53,7 +53,7 @@ class Record(BaseModel):
     peak_memory_bytes: int = 0
     """Largest resident set of one worker process."""
     key: dict[str, Any] = {}
-    """What decides the result, long values as size and digest."""
+    """Everything that decides the result, with long values as size and digest."""
     computed: dict[str, Any] | None = None
     """For a reused run: seconds, workers and memory of the night that computed it."""
 
@@ -74,9 +74,9 @@ class Record(BaseModel):
             manifest: of the artifact.
             status: `computed` or `reused`.
             began_at: start of the stage, with a time zone.
-            seconds: that the stage took.
+            seconds: wall-clock time of the stage.
             why: what differs from the last night, for people.
-            key: of `key_summary`.
+            key: from `key_summary`.
         """
         return cls(
             artifact=manifest.artifact,
@@ -99,7 +99,7 @@ class Record(BaseModel):
 
     @property
     def cost(self) -> dict[str, Any]:
-        """Seconds, workers and peak memory of the computation, whichever night made it."""
+        """Seconds, workers and peak memory of the computation, tonight's or that of the night that computed the run."""
         if self.computed is not None:
             return self.computed
         return {
@@ -110,7 +110,7 @@ class Record(BaseModel):
 
 
 def write_record(storage: Storage, record: Record) -> None:
-    """Put the record beside the manifest of its date; a store that refuses costs a warning, not the night."""
+    """Put the record beside the manifest of its date; an error of the store becomes a warning and does not end the night."""
     run_key = f"{record.artifact}/_runs/{record.run_id}/{RECORD_FILE}"
     try:
         if record.status == "reused":
@@ -126,7 +126,13 @@ def write_record(storage: Storage, record: Record) -> None:
 
 
 def read_record(storage: Storage, artifact: str, date: str | None = None) -> Record | None:
-    """The record of an artifact for a date, or for the latest date; None if there is none that can be read."""
+    """The record of an artifact for a date, or for the latest date; None if there is no readable one.
+
+    Args:
+        storage: where artifacts live.
+        artifact: name of the artifact.
+        date: the night, YYYY-MM-DD; None: the latest.
+    """
     try:
         wanted = date or storage.latest_date(artifact)
     except ArtifactError:
@@ -163,10 +169,10 @@ def differences(last: Record, parts: Mapping[str, Any]) -> list[str]:
 
     Args:
         last: record of the earlier night.
-        parts: of tonight's key.
+        parts: parts of tonight's key.
 
     Returns:
-        Nothing if the keys are equal.
+        An empty list if the keys are equal.
     """
     return list(_differences(last.key, key_summary(parts)))
 

@@ -1,7 +1,7 @@
-"""The Arrow schema of every artifact: the contract between stages, and with whoever reads the output.
+"""The Arrow schema of every artifact: the contract between stages, and with the readers of the output.
 
-Item and user ids keep the type they came in with (string, large_string or int64), from the input to the
-recommendations; `id_type` below is that type.
+Item and user ids have the type of the input (string, large_string or int64) in every artifact; `id_type` below is
+that type.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ ID_TYPES = (pa.string(), pa.large_string(), pa.int64())
 
 
 SOURCES = ("generated", "fallback")
-"""Where a recommended item came from: the model, or popularity (for users the model knows nothing of)."""
+"""Where a recommended item came from: the model, or popularity (for users without history)."""
 
 
 MOMENTS = ("events_before_validation", "events_before_test")
-"""Columns of a user shard where `sequences.validation_from` and `.test_from` are set: how many events of the
-history, its oldest ones, are from before each."""
+"""Columns of a user shard where `sequences.validation_from` and `.test_from` are set: number of events
+of the history before each moment."""
 
 
 def catalog(id_type: pa.DataType, vector_type: pa.DataType | None = None) -> pa.Schema:
@@ -48,7 +48,7 @@ def embeddings(id_type: pa.DataType, dim: int) -> pa.Schema:
 
 
 def exported_semantic_ids(id_type: pa.DataType) -> pa.Schema:
-    """One row per item ever registered, in that order; `eligible`: may it be recommended on the night?"""
+    """One row per item ever registered, in that order; `eligible` is true if the night may recommend the item."""
     return pa.schema(
         [
             pa.field("item_id", id_type, nullable=False),
@@ -70,10 +70,10 @@ def sequences(id_type: pa.DataType, *, has_moments: bool = False) -> pa.Schema:
 
 
 def popularity(*, has_moments: bool = False) -> pa.Schema:
-    """The most popular items, most popular first, counted over all events and over those training sees.
+    """The most popular items, most popular first, counted over all events and over training events.
 
-    `training_events` are those that leave-one-out lets training see, `training_events_time` those of the time
-    split, if it is set.
+    `training_events` counts the events that leave-one-out lets training see, `training_events_time` the events that
+    the time split lets training see, if the split is set.
     """
     fields = [
         pa.field("item_index", pa.int32(), nullable=False),
@@ -87,8 +87,8 @@ def popularity(*, has_moments: bool = False) -> pa.Schema:
 def ranked_lists(num_places: int) -> pa.Schema:
     """One row per user with a held-out event; `items` are item_index, best first, -1 after the last.
 
-    `history_length` counts the events that the ranker was given, `popularity_rank` is that of the target among the
-    most popular items, one more than there are places if it is not there.
+    `history_length` counts the events that the ranker was given. `popularity_rank` is the rank of the target among the
+    most popular items; num_places + 1 if the target is not among them.
     """
     return pa.schema(
         [
@@ -136,12 +136,12 @@ def recommendations_long(user_id_type: pa.DataType, item_id_type: pa.DataType) -
 
 
 def as_large_string(ids: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
-    """Ids ready to be taken as one array: text with offsets of 64 bits, because a catalog's may exceed 2 GiB."""
+    """Ids that fit into one array: text gets offsets of 64 bits, because the ids of a catalog may exceed 2 GiB."""
     return ids.cast(pa.large_string()) if pa.types.is_string(ids.type) else ids
 
 
 def matrix_of(column: pa.ChunkedArray) -> npt.NDArray[Any]:
-    """A column of fixed-size lists without nulls as a matrix, one row per row."""
+    """A column of fixed-size lists without nulls as a matrix with one row per list."""
     values = column.combine_chunks()
     flat = values.flatten().to_numpy(zero_copy_only=False)
     return flat.reshape(len(values), values.type.list_size)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from tiger_ray.artifacts.faults import crash_point
 from tiger_ray.artifacts.manifest import FileEntry, Manifest
-from tiger_ray.artifacts.metadata import Published, checked
+from tiger_ray.artifacts.metadata import Published, check_metadata
 from tiger_ray.artifacts.record import Record, differences, key_summary, read_record, write_record
 from tiger_ray.artifacts.run import Run
 from tiger_ray.artifacts.storage import Storage
@@ -41,13 +41,13 @@ Status = Literal["computed", "reused", "skipped"]
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage may look at.
+    """Everything that a stage may read.
 
     Args:
         settings: of the whole night.
         storage: where artifacts live.
         inputs: manifest of each input, by the name of its artifact.
-        source: what else decides the result, from `Stage.source`; `compute` reads the values from here.
+        source: what decides the result besides settings and inputs, from `Stage.source`; `compute` reads this copy.
     """
 
     settings: Settings
@@ -68,7 +68,7 @@ class Stage:
     name: str
     """Also the name of the artifact."""
     does: str
-    """In a few words, for a plan and for the docs."""
+    """The work of the stage in a few words, for plan and docs."""
     inputs: tuple[str, ...]
     """Artifacts that the stage reads."""
     sections: tuple[str, ...]
@@ -76,20 +76,20 @@ class Stage:
     compute: Callable[[Run, Context], Computed]
     """Writes the files into the run; called at most once."""
     format_version: int = 1
-    """Raise the number when the stage starts to write something else for the same key, so that what older code
-    published is not taken for the new format."""
+    """Raise the number when the stage writes something else for the same key, so that no night reuses files of the old
+    format."""
     keyed_inputs: Callable[[Context], Mapping[str, Manifest]] = lambda context: context.inputs
     """The manifests whose digests are in the key."""
     source: Callable[[Context], Mapping[str, Any]] = lambda context: {}
     """What decides the result besides settings and inputs, for example the pinned input files."""
     draws: Callable[[Settings], bool] = lambda settings: False
-    """Whether the result follows from `seed` too."""
+    """True if the result depends on `seed`."""
     check: Callable[[Context], None] = lambda context: None
     """Raises an error for a night that the stage must refuse, from settings and manifests alone."""
     gate: Callable[[Context], None] = lambda context: None
     """Raises an error where a night must not go on to this stage, from what its earlier stages published."""
     left_out: Callable[[Settings], str | None] = lambda settings: None
-    """Why a night with these settings has no such stage; None if it has one."""
+    """Why a night with these settings leaves the stage out; None if the night has the stage."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Key:
 
 
 def key_of(stage: Stage, context: Context) -> tuple[Key, Context]:
-    """The key of a stage, and the context that `compute` gets, with the source in it; computes and claims nothing.
+    """The key of a stage, and the context with `source` that `compute` gets; computes and claims nothing.
 
     Raises:
         TigerError: the stage refuses these settings and inputs, see `Stage.check`.
@@ -124,20 +124,20 @@ def key_of(stage: Stage, context: Context) -> tuple[Key, Context]:
 
 
 def sections_of(stage: Stage, context: Context) -> dict[str, Section]:
-    """The settings of a stage, by the name of the section."""
+    """The settings that decide the result of a stage, by the name of the section."""
     return {name: getattr(context.settings, name) for name in stage.sections}
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage left behind, and what the stage had to do for it."""
+    """The published artifact of a stage, and what the stage had to do: compute, reuse or skip."""
 
     manifest: Manifest
     status: Status
     seconds: float
     where: str
     why: tuple[str, ...] = ()
-    """What differs from the last time the stage ran."""
+    """What differs from the last run of the stage."""
 
     def line(self) -> str:
         """One line for people: artifact, seconds, summary, where the artifact lies."""
@@ -189,7 +189,7 @@ def run_stage(stage: Stage, settings: Settings, storage: Storage, **inputs: Mani
     crash_point(f"{name}.begin")
     published = storage.published(name, date)
     if published is not None and published.fingerprint == key.fingerprint and not settings.storage.replace:
-        # Publishing again is a no-op but for `latest.json`, which a night killed right here had not moved.
+        # Publish again only to move `latest.json`: a night killed right here had not moved the file.
         return result(storage.publish_again(published, date=date), "skipped")
     if published is not None and not settings.storage.replace:
         raise refusal(where, published, key, settings)
@@ -210,7 +210,7 @@ def run_stage(stage: Stage, settings: Settings, storage: Storage, **inputs: Mani
         files=files,
         settings=settings.resolved(),
         inputs=dict(key.parts["inputs"]),
-        metadata=checked(name, metadata),
+        metadata=check_metadata(name, metadata),
         replace=settings.storage.replace,
     )
     return result(manifest, "computed", usage)
@@ -227,11 +227,11 @@ def _why(last: Record | None, key: Key, status: Status) -> tuple[str, ...]:
 
 
 def refusal(where: str, published: Manifest, key: Key, settings: Settings) -> PublishError:
-    """The error for a date that holds the artifact made from something else.
+    """The error for a date that holds the artifact, made from other inputs or settings.
 
     Args:
         where: address of the artifact.
-        published: what the date holds.
+        published: manifest that the date holds.
         key: of tonight.
         settings: of tonight.
     """
