@@ -16,7 +16,7 @@ from tiger_ray.cluster.connect import connect
 from tiger_ray.cluster.shards import ShardWorker, map_shards
 from tiger_ray.errors import ArtifactError, TigerError
 from tiger_ray.settings.ray import RaySettings
-from tiger_ray.stages import evaluation as harness
+from tiger_ray.stages.evaluation import STAGE as EVALUATION_STAGE
 
 pytestmark = pytest.mark.ray
 
@@ -46,7 +46,7 @@ def test_a_worker_may_take_every_cpu_there_is(night: Night, night_root: str) -> 
     sections = {"decoding": {"cpus_per_worker": 2}, "evaluation": {"max_users": 50}}
     settings = tiny_settings(night_root, data, TUESDAY, **sections)
     inputs = (night[name] for name in ("model", "semantic_ids", "sequences", "catalog"))
-    assert run(harness.STAGE, settings, Storage(night_root), *inputs).status == "computed"
+    assert run(EVALUATION_STAGE, settings, Storage(night_root), *inputs).status == "computed"
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -23,7 +23,7 @@ from tiger_ray.data.histories import (
 from tiger_ray.published.sequences import load_validation, open_examples
 from tiger_ray.settings.events import EventsSettings
 from tiger_ray.settings.sequences import SequencesSettings
-from tiger_ray.stages.sequences import _Finish, _moments
+from tiger_ray.stages.sequences import _moments, _WriteShard
 from tiger_ray.training.examples import BATCHES_PER_GROUP
 
 NUM_ITEMS = 40
@@ -52,7 +52,7 @@ def sequences_of(events, max_events, folder, **chosen):
     rows = prepare_events(table, EventsSettings(uri="/e"), chosen, ITEMS)
     storage = Storage(folder)
     run = storage.begin("sequences", "0" * 64)
-    finish = _Finish(run, max_events, _moments(chosen, "s"))
+    finish = _WriteShard(run, max_events, _moments(chosen, "s"))
     entries = []
     for shard in range(2):
         mine = rows.filter(pa.compute.equal(rows.column("shard"), shard)).drop_columns(["shard"])

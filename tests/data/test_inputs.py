@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tiger_ray.artifacts import s3
-from tiger_ray.artifacts import store as stores
-from tiger_ray.cluster.reading import _damage, blamed
+from tiger_ray.artifacts.store import InputFile
+from tiger_ray.cluster.reading import _damage, name_bad_file
 from tiger_ray.data import inputs
 from tiger_ray.data.inputs import id_type, list_inputs, read_input_schema
 from tiger_ray.errors import DataError, StorageError
@@ -79,20 +79,20 @@ def test_an_error_that_is_not_the_inputs_is_raised_as_itself(tmp_path):
     uri = str(tmp_path)
     files = list_inputs(uri)
     for error in (ZeroDivisionError("ours"), pa.ArrowInvalid("ours")):
-        with pytest.raises(type(error), match="ours"), blamed(files, uri, ["item_id"]):
+        with pytest.raises(type(error), match="ours"), name_bad_file(files, uri, ["item_id"]):
             raise error
     with (
         pytest.raises(StorageError, match=r"reading .* failed, though every file can be read now: AWS Error"),
-        blamed(files, uri, ["item_id"]),
+        name_bad_file(files, uri, ["item_id"]),
     ):
         raise OSError("AWS Error SLOW_DOWN")
     (tmp_path / "b.parquet").write_bytes(b"another")
     with (
         pytest.raises(DataError, match=r"changed while it was read: .*b\.parquet"),
-        blamed(files, uri, ["item_id"]),
+        name_bad_file(files, uri, ["item_id"]),
     ):
         raise ZeroDivisionError("ours")
-    with pytest.raises(DataError, match=r"changed while it was read"), blamed(files, uri, ["item_id"]):
+    with pytest.raises(DataError, match=r"changed while it was read"), name_bad_file(files, uri, ["item_id"]):
         pass
 
 
@@ -111,5 +111,5 @@ def test_a_store_that_throttles_while_damage_is_looked_for_is_asked_again(tmp_pa
         return read(*args, **more)
 
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", throttled)
-    assert _damage(stores.InputFile("bucket/a.parquet", 1, "1"), "s3://bucket", ["item_id"]) is None
+    assert _damage(InputFile("bucket/a.parquet", 1, "1"), "s3://bucket", ["item_id"]) is None
     assert next(answers, None) is None

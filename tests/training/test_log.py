@@ -37,7 +37,7 @@ def test_lines_count_examples_tokens_and_padding_of_their_steps(capsys):
     log = TrainingLog(2, 3, CPU, peak=1e12, sinks=[lambda step, values: seen.append((step, values))])
     for step in range(3):
         log.add_batch(step, torch.full((2, 3), float(step)), tokens=11, padded=14, operations=5e8)
-        with log.paused():
+        with log.pause():
             time.sleep(0.02)
         log.end_step(step, 0.5)
     (first, one), (second, two) = seen
@@ -59,7 +59,7 @@ def test_pauses_do_not_count_as_training(monkeypatch):
     monkeypatch.setattr(training_log, "time", SimpleNamespace(monotonic=clock.__next__))
     seen = []
     log = TrainingLog(1, 9, CPU, sinks=[lambda step, values: seen.append(values)])
-    with log.paused():
+    with log.pause():
         pass
     log.add_batch(0, torch.ones(2, 3), tokens=8, padded=8, operations=1.0)
     log.end_step(0, 0.1)

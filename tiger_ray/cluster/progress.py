@@ -1,6 +1,6 @@
-"""A bar with an estimate for workers that train, drawn by the driver on a terminal.
+"""A progress bar with the estimated time left for training workers, drawn by the driver on a terminal.
 
-Ray Data draws bars of its own. A log file gets no bar: there the lines of the log have to do.
+Ray Data draws its own bars. A log file gets only the lines of the log.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 import ray
 
 LOOK_EVERY_S = 0.5
+"""Seconds between two updates of the bar."""
 
 
 class _Board:
-    """Holds the last numbers of the first worker."""
+    """Holds the last step and text that the first worker sent."""
 
     def __init__(self) -> None:
         self._step, self._words = 0, ""
@@ -31,29 +32,29 @@ class _Board:
 
 @dataclass(frozen=True)
 class BarSink:
-    """Where the training log of a worker sends its numbers for the bar, see `training.log.Sink`."""
+    """Sends the numbers of a worker's training log to the bar, as a `training.log.Sink`."""
 
     board: Any
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
-        """Show a step, and the loss if there is one."""
+        """Show a step, and the loss if `values` has one."""
         loss = values.get("training/loss")
         self.board.write.remote(step, "" if loss is None else f"loss {loss:.4f}")
 
     def close(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing: `progress_bar` removes the bar."""
 
 
 @contextmanager
 def progress_bar(name: str, num_steps: int | None) -> Iterator[BarSink | None]:
-    """Draw a bar while the block runs, if Ray Data draws bars too.
+    """Draw a bar while the block runs, if Ray Data may draw bars too.
 
     Args:
         name: of the artifact.
         num_steps: steps until the end; None: no bar.
 
     Yields:
-        What the worker calls, or None if no bar is drawn.
+        The sink for the training log; None if no bar is drawn.
     """
     if num_steps is None or not ray.data.DataContext.get_current().enable_progress_bars:
         yield None
@@ -87,5 +88,5 @@ def _draw(name: str, num_steps: int, board: Any, ended: threading.Event) -> None
             try:
                 step, words = ray.get(board.read.remote(), timeout=10)
             except ray.exceptions.RayError:
-                return  # the job itself says what went wrong
+                return  # the job reports the error
             bar.update(task, completed=step, words=words)

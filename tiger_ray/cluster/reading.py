@@ -25,37 +25,37 @@ def read_events(files: Sequence[InputFile], settings: EventsSettings) -> ray.dat
 
 
 def read_columns(files: Sequence[InputFile], uri: str, columns: Iterable[str]) -> ray.data.Dataset:
-    """These columns of the input files, each once; the others may differ from file to file.
+    """The named columns of the input files, a repeated name once; other columns may differ from file to file.
 
     Args:
         files: Parquet files below `uri` that passed `read_input_schema`.
         uri: of the input, for its filesystem.
-        columns: names.
+        columns: names of the columns to read.
     """
     filesystem, _ = input_filesystem(uri)
     schema = footer_of(files[0], uri).schema
-    # Left to itself, Ray Data cuts the rows of a few small files into 200 blocks.
+    # By default Ray Data cuts the rows of a few small files into 200 blocks.
     fewest = ray.data.DataContext.get_current().read_op_min_num_blocks
     return ray.data.read_parquet(
         [file.path for file in files],
         filesystem=filesystem,
         schema=pa.schema([schema.field(name) for name in sorted(set(columns))]),
-        partitioning=None,  # a folder named like `date=...` is no column
+        partitioning=None,  # a folder named `date=...` is not a column
         override_num_blocks=len(files) if len(files) < fewest else None,
     )
 
 
 @contextmanager
-def blamed(files: Sequence[InputFile], uri: str, columns: Iterable[str]) -> Iterator[None]:
-    """Where working with these columns fails because of the input, say which file it is.
+def name_bad_file(files: Sequence[InputFile], uri: str, columns: Iterable[str]) -> Iterator[None]:
+    """Name the bad input file in the error, if the block fails because of the input.
 
     Args:
-        files: Parquet files below `uri`, which must still be there and unchanged in the end.
+        files: Parquet files below `uri`; they must be unchanged when the block ends.
         uri: of the input, for its filesystem.
-        columns: names.
+        columns: names of the columns that the block reads.
 
     Raises:
-        DataError: a file came, went or changed, has damaged pages, or text that is no UTF-8.
+        DataError: a file was added, removed or changed, has damaged pages, or holds text that is not UTF-8.
         StorageError: the store failed.
     """
     try:
@@ -80,7 +80,7 @@ def blamed(files: Sequence[InputFile], uri: str, columns: Iterable[str]) -> Iter
 
 
 def _damage(file: InputFile, uri: str, columns: Iterable[str]) -> str | None:
-    """Why one of these columns of a file cannot be read, if so."""
+    """Why a column of a file cannot be read; None if every column can."""
 
     def read(source: Any) -> str | None:
         parquet = pq.ParquetFile(source)
@@ -90,7 +90,7 @@ def _damage(file: InputFile, uri: str, columns: Iterable[str]) -> str | None:
                     batch.validate(full=True)
             except (pa.ArrowException, OSError) as error:
                 if isinstance(error, OSError) and (error.errno is not None or "AWS Error" in str(error)):
-                    raise  # the store's, not the file's
+                    raise  # the store failed, the file is not damaged
                 return f"column {column!r} of {file.path} ({parquet.metadata.num_rows:,} rows) cannot be read: {error}"
         return None
 

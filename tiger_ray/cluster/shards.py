@@ -1,8 +1,8 @@
-"""One shard in, one shard out, over Ray Data: how embeddings are made and users are scored.
+"""Map shards over Ray Data, as embeddings and recommendations need: one input file becomes one output file.
 
-A worker turns one file of the input into one file of the output, of the same name, and writes it itself:
-a retried task writes the same object again, and a restarted job only runs the shards that the unfinished
-run does not have yet. The driver sees one small `FileEntry` per file.
+A worker reads one input file and writes one output file of the same name. A retried task writes the same object
+again, and a restarted job runs only the shards that the unfinished run lacks. The driver receives one small
+`FileEntry` per file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tiger_ray.errors import TigerError
 log = logging.getLogger(__name__)
 
 ShardWorker = Callable[[FileEntry], FileEntry]
-"""Makes the output shard of an input shard and writes it; built once per actor, with what it needs."""
+"""Makes and writes the output shard of an input shard; each actor builds one worker."""
 
 
 def map_shards(
@@ -40,14 +40,14 @@ def map_shards(
     num_cpus: float,
     use_gpu: bool,
 ) -> list[FileEntry]:
-    """Run `make_worker(run=run, **worker_args)(shard)` for every shard that the run does not have yet.
+    """Run `make_worker(run=run, **worker_args)(shard)` for every shard that the run lacks.
 
     Args:
         run: where workers write.
         make_worker: a class or function, built once in each actor.
-        worker_args: its keyword arguments; object references are resolved.
+        worker_args: keyword arguments of `make_worker`; object references are resolved.
         shards: files of the input; the output files have the same names.
-        num_workers: actors at most.
+        num_workers: most actors at a time.
         num_cpus: CPUs of each actor, when it has no GPU.
         use_gpu: one GPU for each actor.
 
@@ -62,7 +62,7 @@ def map_shards(
             "%s: %d of %d shards are there already, %d to do", run.artifact, kept, len(shards), len(todo)
         )
     if todo:
-        # not `range`, whose tasks would wait for a CPU that the actors hold
+        # Not `ray.data.range`: its tasks would wait for a CPU that the actors hold.
         numbers = pa.table({"number": pa.array(range(len(todo)))})
         dataset = ray.data.from_arrow(numbers, override_num_blocks=len(todo)).map_batches(
             _ShardActor,
@@ -85,7 +85,7 @@ def map_shards(
 def map_numbers(count: int, make: Callable[[int], Any]) -> list[ray.ObjectRef]:
     """References to `make(0)`, `make(1)`, ... `make(count - 1)`, each made by a task of its own.
 
-    For short tasks: Ray Data takes a tenth of a second or two to schedule one, and seconds to start an actor.
+    Use this for short tasks: Ray Data needs 0.1 to 0.2 seconds to schedule a task, and seconds to start an actor.
     """
     task, shared = ray.remote(_call), ray.put(make)
     return [task.remote(shared, number) for number in range(count)]
@@ -96,13 +96,16 @@ def write_partitions(
 ) -> list[FileEntry]:
     """Shuffle rows by their column `shard` and hand each whole shard to `finish`, which writes it.
 
-    Which rows meet in one block is Ray's affair; the shard number travels with the row, so names and
-    contents of the files do not depend on it.
+    Ray decides which rows share a block. The shard number travels with each row, so names and contents of the files
+    do not depend on the blocks.
 
     Args:
         dataset: rows with an int32 column `shard` in 0..num_shards-1.
         finish: gets all rows of one shard in any order, without the column `shard`, and its number.
-        num_shards: shards in all; one without rows is not written.
+        num_shards: number of shards; a shard without rows is not written.
+
+    Raises:
+        TigerError: two blocks hold rows of the same shard.
     """
     partitions = dataset.repartition(num_shards, keys=["shard"]).map_batches(
         _finish_block, fn_args=(finish,), batch_size=None, batch_format="pyarrow"
@@ -124,7 +127,7 @@ def write_partitions(
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Raise an error of ours from a worker as itself, without the layers of remote tracebacks."""
+    """Raise a `TigerError` of a worker as itself, without the remote tracebacks that Ray wraps around the error."""
     try:
         yield
     except RayTaskError as error:
@@ -135,7 +138,7 @@ def plain_errors() -> Iterator[None]:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """What led to an error, the nearest first, without what Ray wraps around it."""
+    """The error and its causes, the nearest first, without the errors that Ray wraps around them."""
     cause: BaseException | None = error
     while cause is not None:
         if not isinstance(cause, RayTaskError):
@@ -148,6 +151,8 @@ def _call(make: Callable[[int], Any], number: int) -> Any:
 
 
 class _ShardActor:
+    """Builds one worker, and hands shards to the worker by their number."""
+
     def __init__(
         self,
         run: Run,
@@ -164,7 +169,7 @@ class _ShardActor:
         try:
             self._worker = make_worker(run=run, **dict(zip(arg_names, there, strict=True)))
         except TigerError as error:
-            # raised from here it would be taken for the death of an actor, and tried again
+            # Ray takes an exception in __init__ for the death of the actor and retries: raise the error in __call__.
             self._failed = error
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:

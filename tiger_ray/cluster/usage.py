@@ -1,4 +1,4 @@
-"""How many worker processes a stage had, and the largest memory that one of them reached."""
+"""Count the worker processes of a stage, and find the largest memory that any of them reached."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Usage:
-    """What the workers of one stage reported."""
+    """The processes of one stage, and their largest memory, from the reports of the workers."""
 
     processes: set[str] = field(default_factory=set)
     peak_memory_bytes: int = 0
 
     @property
     def workers(self) -> int:
-        """Processes that reported."""
+        """Number of processes that reported."""
         return len(self.processes)
 
 
@@ -28,7 +28,7 @@ _current: ContextVar[Usage | None] = ContextVar("usage", default=None)
 
 @contextmanager
 def measure_usage() -> Iterator[Usage]:
-    """Collect in the driver what `note_usage` is told while the block runs."""
+    """Collect in the driver the reports that `note_usage` gets while the block runs."""
     usage = Usage()
     token = _current.set(usage)
     try:
@@ -38,7 +38,7 @@ def measure_usage() -> Iterator[Usage]:
 
 
 def note_usage(report: str) -> None:
-    """Add the report of a worker, as `usage_report` made it, to the stage that runs now, if one is measured."""
+    """Add a report of `usage_report` to the stage that is measured now; without such a stage do nothing."""
     usage = _current.get()
     if usage is None:
         return
@@ -48,13 +48,13 @@ def note_usage(report: str) -> None:
 
 
 def forget_peak() -> None:
-    """Start the peak memory of this process anew: Ray gives a process to one stage after another."""
+    """Reset the peak memory of this process, because Ray uses a process for one stage after another."""
     with suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 
 
 def usage_report() -> str:
-    """Host and number of this process, and its peak resident memory in bytes; 0 where Linux does not say."""
+    """Host and number of this process, and its peak resident memory in bytes; 0 bytes if Linux names no peak."""
     peak = 0
     with suppress(OSError, StopIteration), open("/proc/self/status") as file:
         line = next(line for line in file if line.startswith("VmHWM:"))

@@ -1,4 +1,7 @@
-"""The published evaluations: metrics, and the paired counts that a comparison of two models needs."""
+"""The published evaluations: metrics, and the paired counts that a comparison of two models needs.
+
+B users of a shard, P places of a list, C = P + 1 ranks: one more than places, for a target without a place.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ from tiger_ray.evaluation import metrics
 from tiger_ray.settings.settings import Settings
 
 METRICS_FILE = "metrics.json"
-"""All that is known of the lists of an evaluation."""
+"""File of an evaluation with metrics, exposure and protocol."""
 
 
 def load_metrics(storage: Storage, evaluated: Manifest) -> dict[str, Any]:
-    """Everything that an evaluation found, as `_compute` wrote it."""
+    """Content of the metrics file of an evaluation, as the stage `evaluation` wrote the file."""
     metrics: dict[str, Any] = json.loads(storage.read_file(evaluated, METRICS_FILE))
     return metrics
 
@@ -36,11 +39,17 @@ def list_shards(evaluated: Manifest) -> list[FileEntry]:
 def paired_counts(
     storage: Storage, evaluated: Manifest, other: Manifest, num_places: int
 ) -> npt.NDArray[np.int64]:
-    """Users by their ranks in two evaluations, (C, C) int64, as `evaluation.joint_rank_counts`.
+    """Users by their ranks in two evaluations, (C, C) int64, as `evaluation.metrics.joint_rank_counts`.
+
+    Args:
+        storage: where both evaluations are published.
+        evaluated: manifest of the evaluation whose ranks are the rows.
+        other: manifest of the evaluation whose ranks are the columns.
+        num_places: places of a list.
 
     Raises:
-        ArtifactError: they are not of the same protocol.
-        DataError: they are not of the same users and targets.
+        ArtifactError: the evaluations are not of the same protocol.
+        DataError: the evaluations are not of the same users and targets.
     """
     joint_CC = np.zeros((num_places + 1, num_places + 1), np.int64)
     for one, two in _shard_pairs(storage, evaluated, other):
@@ -51,9 +60,15 @@ def paired_counts(
 def recall_of(storage: Storage, evaluated: Manifest, other: Manifest, k: int) -> float:
     """Mean over users of the share of the other evaluation's first k items that are among the first k of this one.
 
+    Args:
+        storage: where both evaluations are published.
+        evaluated: manifest of the evaluation that is judged.
+        other: manifest of the evaluation whose items are sought.
+        k: places of a list that count.
+
     Raises:
-        ArtifactError: they are not of the same protocol.
-        DataError: they are not of the same users and targets.
+        ArtifactError: the evaluations are not of the same protocol.
+        DataError: the evaluations are not of the same users and targets.
     """
     share, users = 0.0, 0
     for one, two in _shard_pairs(storage, evaluated, other):
@@ -66,7 +81,7 @@ def recall_of(storage: Storage, evaluated: Manifest, other: Manifest, k: int) ->
 def _shard_pairs(
     storage: Storage, evaluated: Manifest, other: Manifest
 ) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """Lists of two evaluations, a shard at a time, of the same users in the same order."""
+    """Lists of two evaluations, one shard after the other, of the same users in the same order."""
     require_same_protocol(evaluated, other)
     theirs = {entry.name: entry for entry in list_shards(other)}
     for entry in list_shards(evaluated):
@@ -87,6 +102,12 @@ def _ranks(lists: pa.Table) -> npt.NDArray[np.int64]:
 
 
 def evaluation_of(storage: Storage, settings: Settings, model: Manifest) -> Manifest | None:
-    """The evaluation of this model that is published for the night, if one is."""
+    """The evaluation of a model that is published for the night; None if there is none.
+
+    Args:
+        storage: where artifacts live.
+        settings: with the date.
+        model: manifest of the model.
+    """
     published = storage.published("evaluation", settings.date)
     return published if published is not None and is_of_model(published, model) else None

@@ -13,21 +13,26 @@ from tiger_ray.model.t5 import TigerModel, read_config
 from tiger_ray.model.tokens import Vocabulary
 
 WARM_START_DAYS = 31
-"""How far back a model to start from is looked for."""
+"""Days to look back for a model to start from."""
 
 
 def load_model(storage: Storage, model: Manifest, semantic_ids: Manifest) -> TigerModel:
-    """The published model, checked against the Semantic IDs it is to write.
+    """The published model, checked to be of the ID space of the Semantic IDs.
+
+    Args:
+        storage: where the model is published.
+        model: manifest of the model.
+        semantic_ids: manifest of the Semantic IDs that the model is to write.
 
     Raises:
-        ArtifactError: it was trained on another ID space.
+        ArtifactError: the model was trained on another ID space.
     """
     require_same_id_space(model, semantic_ids)
     return TigerModel.from_files({name: storage.read_file(model, name) for name in MODEL_FILES})
 
 
 def load_vocabulary(storage: Storage, model: Manifest, semantic_ids: Manifest) -> Vocabulary:
-    """The vocabulary of the published model, from its `config.json` alone: the weights stay unread.
+    """The vocabulary of the published model, read from `config.json` without the weights.
 
     Args:
         storage: where the model is published.

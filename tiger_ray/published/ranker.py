@@ -1,4 +1,7 @@
-"""The rankers of a night, made of its published artifacts: what the night's actors and the endpoint's replicas hold."""
+"""The rankers of a night, made from published artifacts, for the actors of the night and the replicas of the endpoint.
+
+N items, I id_length.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +76,13 @@ def open_tiger(
 
 
 def open_popularity(storage: Storage, sequences: Manifest, rules: Rules) -> Popularity:
-    """Popularity by all events of the night; equally popular items come by item_index."""
+    """Popularity by all events of the night; equally popular items come by item_index.
+
+    Args:
+        storage: where the artifacts are.
+        sequences: manifest of the histories, which hold the popularity.
+        rules: what may come out.
+    """
     table = storage.read_table(sequences, "popularity.parquet")
     events_N = np.zeros(len(rules.eligible_N), np.int64)
     events_N[table.column("item_index").to_numpy()] = table.column("events").to_numpy()

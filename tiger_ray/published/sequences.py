@@ -1,4 +1,7 @@
-"""The published histories, read without Ray."""
+"""The published histories, read without Ray.
+
+E events, U users of a shard, B users, S shards.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,16 @@ from tiger_ray.training.validation import Validation
 def read_corpus(storage: Storage, sequences: Manifest, shards: Sequence[FileEntry], holdout: str) -> Corpus:
     """Histories of some user shards, without the events that the holdout hides.
 
+    Args:
+        storage: where the histories are published.
+        sequences: manifest of the histories.
+        shards: user shards to read.
+        holdout: section `training`.
+
     Raises:
         ArtifactError: a shard is missing or damaged.
     """
-    # Filled shard by shard: joining parts at the end would take twice the memory.
+    # Fill one array shard by shard: joining parts at the end would take twice the memory.
     item_index_E = np.empty(sum(entry.fact("events") for entry in shards), np.int32)
     num_events, num_examples, ends, hashes = 0, 0, [], []
     for entry in shards:
@@ -36,7 +45,7 @@ def read_corpus(storage: Storage, sequences: Manifest, shards: Sequence[FileEntr
         seen_U = cuts_of(table, holdout).seen_B
         useful_U = seen_U > 1
         seen_U = np.where(useful_U, seen_U, 0)
-        # One byte per event; indices would take eight.
+        # A mask takes one byte per event; indices would take eight.
         runs = np.stack([seen_U, whole_U - seen_U], axis=1).ravel()
         seen_E = np.repeat(np.tile([True, False], len(whole_U)), runs)
         end = num_events + int(seen_U.sum())
@@ -59,12 +68,12 @@ def open_examples(
     """Examples of a sequences artifact; nothing is read before the first batch.
 
     Args:
-        storage: where it is.
-        sequences: its manifest.
+        storage: where the histories are published.
+        sequences: manifest of the histories.
         holdout: section `training`.
         max_history: section `model`.
         events_in_memory: section `training`.
-        seed: of every order.
+        seed: seed of every order of examples.
 
     Raises:
         DataError: the events do not fit into memory, and neither does one user shard.
@@ -101,10 +110,19 @@ def load_validation(
     rank: int = 0,
     world_size: int = 1,
 ) -> Validation:
-    """Read the first user shards, as many as it takes, and keep every `world_size`-th user of the sample.
+    """Read the first user shards until the sample is full, and keep every `world_size`-th user of the sample.
 
-    Shards are ranges of a hash of the user, and within the last one users are chosen by another hash, so
-    the sample is random, and the same for any number of workers.
+    Shards are ranges of a hash of the user, and another hash chooses users of the last shard. So the sample is
+    random, and the same for any number of workers.
+
+    Args:
+        storage: where the histories are published.
+        sequences: manifest of the histories.
+        num_users: users of the whole sample.
+        make_ranker: makes the ranker from a model and a device.
+        holdout: section `training`.
+        rank: number of this worker.
+        world_size: number of workers.
     """
     items, lengths, hashes, targets, missing = [], [], [], [], num_users
     for entry in user_shards(sequences):

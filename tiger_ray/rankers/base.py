@@ -118,7 +118,13 @@ class Found:
     def of(
         cls, item_BK: npt.NDArray[np.int64], score_BK: npt.NDArray[np.float32], source: int = GENERATED
     ) -> Found:
-        """Found items that all have one source."""
+        """Found items that all have one source.
+
+        Args:
+            item_BK: (B, K) int64, in the order of the ranker; `NO_ITEM` after the last item.
+            score_BK: (B, K) float32; -inf where there is no item.
+            source: `GENERATED` or `FALLBACK`.
+        """
         return cls(item_BK, score_BK, np.full(item_BK.shape, source, np.int8))
 
     @classmethod

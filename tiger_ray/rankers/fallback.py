@@ -1,4 +1,7 @@
-"""One ranker for users with history, and another for users without. Night and endpoint both rank with this class."""
+"""One ranker for users with history, and another for users without. Night and endpoint both rank with this class.
+
+B users.
+"""
 
 from __future__ import annotations
 

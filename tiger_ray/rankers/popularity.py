@@ -1,6 +1,6 @@
 """Popularity as a ranker: every user gets the same list, without the items that the rules leave out for the user.
 
-B users, N items, M items that may be recommended.
+B users, N items, M items that may be recommended, P places of a list.
 """
 
 from __future__ import annotations

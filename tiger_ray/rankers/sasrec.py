@@ -1,4 +1,7 @@
-"""SASRec as a ranker: the state of a history's last event against all item embeddings."""
+"""SASRec as a ranker: the state of a history's last event against all item embeddings.
+
+B users, D width of the model.
+"""
 
 from __future__ import annotations
 

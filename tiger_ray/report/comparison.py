@@ -95,8 +95,8 @@ def rows_of(storage: Storage, date: str, reference: str) -> list[Row]:
             found[artifact] = published
     if not found:
         raise ArtifactError(
-            f"no evaluation is published under {storage.uri('evaluation')} for {date}; run jobs/nightly.py or "
-            "jobs/baseline.py for that date first"
+            f"no evaluation is published under {storage.uri('evaluation')} for {date}; run "
+            "`tiger-ray run evaluation`, or jobs/baseline.py for a baseline, for that date first"
         )
     return [
         _row(storage, artifact, manifest, found.get(reference), found.get(EXACT.get(artifact, "")))

@@ -214,7 +214,12 @@ def start(
 ) -> None:
     """Start Serve on the cluster and return once the endpoint answers.
 
-    Args: as `application`.
+    Args:
+        settings: of the night and the endpoint.
+        storage: where the artifacts are.
+        model: manifest of the model.
+        semantic_ids: manifest of the Semantic IDs.
+        sequences: manifest of the histories, which hold the popularity.
 
     Raises:
         ArtifactError: the artifacts do not fit each other.
@@ -249,9 +254,16 @@ def run(
 ) -> None:
     """Serve until Ctrl-C or SIGTERM; requests under way are answered before the function returns.
 
-    Args: as `application`.
+    Args:
+        settings: of the night and the endpoint.
+        storage: where the artifacts are.
+        model: manifest of the model.
+        semantic_ids: manifest of the Semantic IDs.
+        sequences: manifest of the histories, which hold the popularity.
 
-    Raises: as `start`.
+    Raises:
+        ArtifactError: the artifacts do not fit each other.
+        TigerError: Serve runs there already, or a replica does not start.
     """
     start(settings, storage, model, semantic_ids, sequences)
     address = f"http://{settings.serving.host}:{settings.serving.port}"

@@ -32,7 +32,18 @@ NO_DECODER = (DeploymentUnavailableError, RayActorError)
 
 
 class Snapshot:
-    """The ranker of one night, which turns queries into answers. It uses no Ray."""
+    """The ranker of one night, which turns queries into answers without Ray.
+
+    Args:
+        storage: where the artifacts are.
+        settings: of the night and the endpoint.
+        model: manifest of the model.
+        semantic_ids: manifest of the Semantic IDs.
+        sequences: manifest of the histories, which hold the popularity.
+
+    Raises:
+        ArtifactError: the model recommends nothing after a history of one item.
+    """
 
     def __init__(
         self,
@@ -48,17 +59,16 @@ class Snapshot:
         self._needs_user = needs_user(vocabulary, settings.decoding)
         # Build the hash table once: `SemanticIds.lookup` builds a table in every call.
         self._items = pd.Index(self._ids.item_id.to_pandas())
-        self._items.get_indexer(
-            self._items[:1]
-        )  # pandas builds the table at the first lookup, which no request should wait for
+        # pandas builds the table at the first lookup: look up now, so that no request waits.
+        self._items.get_indexer(self._items[:1])
         self._user_id_type = pa.type_for_alias(SequencesMetadata.of(sequences).user_id_type)
         self.check()
 
     def check(self) -> None:
-        """Recommend after a history of one item, to be sure that the model works.
+        """Check that the model works: recommend after a history of one item.
 
         Raises:
-            ArtifactError: nothing, or not a number, came out.
+            ArtifactError: the model recommends no item, or the score is not finite.
         """
         # Prefer an ineligible item: an excluded history then takes no item away.
         item = int(np.argmin(self._ids.eligible_N))
@@ -116,7 +126,15 @@ class Snapshot:
 
 
 class Replica:
-    """A replica of the endpoint's deployment that answers queries in batches."""
+    """A replica of the endpoint's deployment that answers queries in batches.
+
+    Args:
+        storage: where the artifacts are.
+        settings: of the night and the endpoint.
+        model: manifest of the model.
+        semantic_ids: manifest of the Semantic IDs.
+        sequences: manifest of the histories, which hold the popularity.
+    """
 
     def __init__(
         self,
@@ -136,16 +154,22 @@ class Replica:
         return self._snapshot.answer(queries)
 
     async def versions(self) -> dict[str, str]:
-        """What this replica serves."""
+        """The artifacts that this replica serves, as `versions_of`."""
         return self._snapshot.versions
 
     async def check_health(self) -> None:
-        """Called by Serve, which replaces a replica that raises."""
+        """Raise an error if the model does not work; Serve calls this and replaces a replica that raises."""
         self._snapshot.check()
 
 
 def versions_of(settings: Settings, model: Manifest, semantic_ids: Manifest) -> dict[str, str]:
-    """The artifacts that an answer is made from, as the answer names them."""
+    """The artifacts that an answer is made from, as the answer names them.
+
+    Args:
+        settings: with the date.
+        model: manifest of the model.
+        semantic_ids: manifest of the Semantic IDs.
+    """
     return {
         "model_version": model.run_id,
         "semantic_ids_version": semantic_ids.run_id,

@@ -16,7 +16,7 @@ follows which. Item ids are shuffled and reveal nothing.
 `new_start` makes a first volume about twice as frequent as the average item, and late volumes two thirds as
 frequent; all series are equally popular. So a popularity ranking can learn a little. Source: ours.
 
-Letters: N items, M moves, U users, T time steps, E events, B histories; K only for top-K.
+Letters: N items, M moves, U users, T time steps, E events, B histories, C candidates of a list; K only for top-K.
 """
 
 from __future__ import annotations
@@ -323,7 +323,7 @@ class World:
                 plant = json.loads(file.read())
         except FileNotFoundError:
             raise ArtifactError(
-                f"no plant.json in {uri}; jobs/synthesize.py writes it beside the data"
+                f"no plant.json in {uri}; `tiger-ray synthesize` writes it beside the data"
             ) from None
         if plant["format"] != _PLANT_FORMAT:
             raise ArtifactError(
@@ -338,7 +338,7 @@ class World:
         if world.digest() != plant["digest"]:
             raise ArtifactError(
                 f"the world of {uri}/plant.json cannot be rebuilt: this version of tiger_ray or numpy plants "
-                "another one from its seed; write the data again with jobs/synthesize.py"
+                "another one from its seed; write the data again with `tiger-ray synthesize`"
             )
         return world
 

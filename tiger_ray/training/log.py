@@ -1,4 +1,4 @@
-"""What training reports while it runs: loss, speed, padding and share of the processor's peak.
+"""Report loss, speed, padding and share of the processor's peak while training runs.
 
 The numbers go to log lines, to TensorBoard files beside the run and, if MLFLOW_TRACKING_URI is set, to MLflow.
 
@@ -30,7 +30,14 @@ Sink = Callable[[int, Mapping[str, float]], None]
 
 
 class LossWindow:
-    """Mean loss over all workers since the last call of `mean`; `add` does not wait for the GPU."""
+    """Mean loss over all workers since the last call of `mean`; `add` does not wait for the GPU.
+
+    >>> window = LossWindow(torch.device("cpu"))
+    >>> window.add(0, torch.tensor([[1.0, 2.0]]))
+    >>> window.add(1, torch.tensor([[3.0, 4.0]]))
+    >>> window.mean()
+    2.5
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -66,7 +73,15 @@ class LossWindow:
 
 
 class TrainingLog:
-    """Loss and speed of all workers, shown by the first worker every few steps."""
+    """Loss and speed of all workers, shown by the first worker every few steps.
+
+    >>> shown = {}
+    >>> log = TrainingLog(1, 1, torch.device("cpu"), sinks=[lambda step, values: shown.update(values)])
+    >>> log.add_checkpoint({"step": 1, "ndcg@10": 0.25})
+    checkpoint at step 1: ndcg@10 0.2500
+    >>> shown
+    {'checkpoint/ndcg_10': 0.25}
+    """
 
     def __init__(
         self,
@@ -151,7 +166,7 @@ class TrainingLog:
         self._write("checkpoint", int(point["step"]), metrics)
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def pause(self) -> Iterator[None]:
         """Exclude this block from the training speed."""
         began = time.monotonic()
         yield
@@ -164,7 +179,14 @@ class TrainingLog:
 
 
 class TensorBoard:
-    """An event file in a temporary folder; the caller copies it to storage."""
+    """An event file in a temporary folder; the caller copies the file to storage.
+
+    >>> board = TensorBoard(start=0)
+    >>> board(1, {"training/loss": 0.5})
+    >>> [name.endswith(".from-step-0") for name in board.files()]
+    [True]
+    >>> board.close()
+    """
 
     def __init__(self, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -239,11 +261,11 @@ class MLflow:
 
 
 def wants_mlflow() -> bool:
-    """Is MLFLOW_TRACKING_URI set?"""
+    """True if MLFLOW_TRACKING_URI is set."""
     return bool(os.environ.get(MLFLOW_VARIABLE))
 
 
-def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+def peak_operations_per_s(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of a large matrix product on this device, with the threads that torch has now."""
     size = 1024 if device.type == "cpu" else 8192
     factor = torch.randn(size, size, device=device, dtype=dtype)

@@ -96,7 +96,7 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         log.end_step(step, learning_rate(step, settings))
         if (step + 1) % settings.checkpoint_every_steps == 0 or step + 1 == settings.num_steps:
-            with log.paused():
+            with log.pause():
                 loss = loss_window.mean()
                 require_finite(model, step + 1)
                 progress.add(step + 1, loss, validate(), model)
