@@ -19,8 +19,7 @@ from tiger_ray.artifacts.storage import Storage
 from tiger_ray.cluster.connect import connect, require_room
 from tiger_ray.errors import DataError, SettingsError, StorageError
 from tiger_ray.settings.ray import RaySettings
-from tiger_ray.stages import model as training
-from tiger_ray.stages import sequences
+from tiger_ray.stages import model, sequences
 
 REPO = Path(__file__).parents[2]
 
@@ -346,7 +345,7 @@ def test_a_vector_column_of_changing_length(bad):
 
 
 def test_users_of_one_event_each_are_refused_before_a_worker_starts(bad_events, monkeypatch):
-    monkeypatch.setattr(training, "run_workers", lambda *_, **__: pytest.fail("workers were started"))
+    monkeypatch.setattr(model, "run_workers", lambda *_, **__: pytest.fail("workers were started"))
     single = replaced(EVENTS, "user_id", [f"u{n}" for n in range(40)])
     bad_events.write(events=single).assert_refused(
         r"no training example: none of 40 users has two events that training may see "

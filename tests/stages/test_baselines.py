@@ -20,7 +20,7 @@ from tiger_ray.published.semantic_ids import load_semantic_ids
 from tiger_ray.report import comparison
 from tiger_ray.settings.settings import Settings
 from tiger_ray.stages import baselines
-from tiger_ray.stages import evaluation as harness
+from tiger_ray.stages.evaluation import STAGE as EVALUATION_STAGE
 
 pytestmark = pytest.mark.ray
 
@@ -195,7 +195,7 @@ def test_a_model_of_other_histories_is_not_evaluated(night: Night, rivals: Rival
     model = night["model"].model_copy(update={"inputs": inputs})
     with pytest.raises(ArtifactError, match="was trained on other histories"):
         run(
-            harness.STAGE,
+            EVALUATION_STAGE,
             night.settings,
             rivals.storage,
             model,
@@ -207,5 +207,7 @@ def test_a_model_of_other_histories_is_not_evaluated(night: Night, rivals: Rival
 
 
 def test_a_comparison_of_nothing_says_which_job_to_run(rivals: Rivals) -> None:
-    with pytest.raises(ArtifactError, match=r"no evaluation is published under .* run jobs/nightly\.py"):
+    with pytest.raises(
+        ArtifactError, match=r"no evaluation is published under .* run `tiger-ray run evaluation`"
+    ):
         comparison.rows_of(rivals.storage, "2020-01-01", "evaluation-sasrec-softmax")

@@ -1,4 +1,4 @@
-"""Who is asked about, with which history, and what is written of the lists: the shard of the harness, without Ray."""
+"""Who is asked about, with which history, and what is written of the lists: the shard of the evaluation, without Ray."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tiger_ray.errors import TigerError
 from tiger_ray.evaluation.tally import sum_of
 from tiger_ray.rankers.base import Found, Histories, Rules
 from tiger_ray.settings.evaluation import EvaluationSettings
-from tiger_ray.stages import evaluation as harness
+from tiger_ray.stages import evaluation
 from tiger_ray.stages.evaluation import RankerSpec
 
 NUM_ITEMS = 9
@@ -72,9 +72,9 @@ def lists_of(
     )
     entry = run.write_table("shard-00000.parquet", table)
     eligible = SimpleNamespace(eligible_N=np.ones(NUM_ITEMS, bool))
-    monkeypatch.setattr(harness, "load_semantic_ids", lambda *_: eligible)
+    monkeypatch.setattr(evaluation, "load_semantic_ids", lambda *_: eligible)
     evaluated = storage.begin("evaluation", "1" * 64)
-    rank = harness._RankShard(
+    rank = evaluation._RankShard(
         evaluated,
         SimpleNamespace(evaluation=EvaluationSettings(**{"ks": (2, 4), **changed})),
         {"sequences": run.as_manifest([entry]), "semantic_ids": None},
@@ -158,11 +158,11 @@ def test_parts_are_added_up_as_they_come():
 def test_why_nobody_is_left_is_said():
     sequences = manifest_of("sequences", metadata_of("sequences", users=7, test_users_leave_one_out=0))
     chosen = SimpleNamespace(evaluation=EvaluationSettings(max_users=1))
-    assert "none of 7 users has the events that training.holdout" in harness._nobody(
+    assert "none of 7 users has the events that training.holdout" in evaluation._explain_no_users(
         chosen, "leave_one_out", sequences
     )
     sequences.metadata["test_users_leave_one_out"] = 5
-    said = harness._nobody(chosen, "leave_one_out", sequences)
+    said = evaluation._explain_no_users(chosen, "leave_one_out", sequences)
     assert (
         said
         == "none of 5 users with a test event is left to evaluate after evaluation.max_users 1; change that"

@@ -9,7 +9,7 @@ from tiger_ray.artifacts import schemas
 from tiger_ray.artifacts.storage import Storage
 from tiger_ray.errors import QualityError
 from tiger_ray.stages.gate import require_gate
-from tiger_ray.stages.recommendations import _RedateShard, _twin
+from tiger_ray.stages.recommendations import _find_twin, _RedateShard
 
 
 def rows(date, model, ids):
@@ -35,14 +35,14 @@ def test_recommendations_whose_files_are_damaged_are_made_anew_and_not_copied(tm
     entry = run.write_table("shard-00000.parquet", rows("2026-11-23", "m1", "s1"))
     facts = {"settings": {}, "inputs": {}, "metadata": metadata_of("recommendations", scoring="x")}
     published = storage.publish(run, date="2026-11-23", files=[entry], **facts)
-    assert _twin(storage, "x") == published
-    assert _twin(storage, "y") is None
+    assert _find_twin(storage, "x") == published
+    assert _find_twin(storage, "y") is None
     damaged = published.model_copy(update={"metadata": {"scoring": "x"}})
     with monkeypatch.context() as patched:
         patched.setattr(Storage, "resolve", lambda *_: damaged)
-        assert _twin(storage, "x") is None
+        assert _find_twin(storage, "x") is None
     (tmp_path / "recommendations" / entry.path).write_bytes(b"half")
-    assert _twin(storage, "x") is None
+    assert _find_twin(storage, "x") is None
 
 
 def evaluated(ndcg):

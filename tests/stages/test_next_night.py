@@ -15,9 +15,9 @@ from tiger_ray.errors import ArtifactError, DataError, PublishError, QualityErro
 from tiger_ray.published.model import load_model
 from tiger_ray.published.semantic_ids import load_semantic_ids
 from tiger_ray.stages import baselines, gate, recommendations
-from tiger_ray.stages import evaluation as harness
-from tiger_ray.stages import model as training
+from tiger_ray.stages.evaluation import STAGE as EVALUATION_STAGE
 from tiger_ray.stages.gate import require_gate
+from tiger_ray.stages.model import STAGE as MODEL_STAGE
 from tiger_ray.synthetic import world as synthetic
 
 pytestmark = pytest.mark.ray
@@ -208,7 +208,7 @@ def test_a_model_that_was_not_evaluated_or_not_well_is_not_recommended_by_the_jo
     with pytest.raises(QualityError, match=r"evaluation\.min_ratio_to_popularity"):
         gate.require_evaluated(strict, night.storage, night["model"])
     unknown = night.settings.model_copy(update={"date": WEDNESDAY})
-    with pytest.raises(ArtifactError, match=r"has no evaluation, .* evaluate it first \(jobs/evaluate\.py\)"):
+    with pytest.raises(ArtifactError, match=r"has no evaluation, .* run `tiger-ray run evaluation` first"):
         gate.require_evaluated(unknown, night.storage, night["model"])
     refit = night["model"].model_copy(update={"metadata": {**night["model"].metadata, "holdout": "none"}})
     gate.require_evaluated(unknown, night.storage, refit)
@@ -221,17 +221,17 @@ def test_a_model_of_another_id_space_is_refused(night, night_root, world):
     other = run_night(settings, until="semantic_ids")
     assert other.statuses["quantizer"] == other.statuses["semantic_ids"] == "computed"
     load_model(night.storage, night["model"], night["semantic_ids"])
-    with pytest.raises(ArtifactError, match=r"was trained on ID space .*train a model on them"):
+    with pytest.raises(ArtifactError, match=r"was trained on ID space .*train a model on these"):
         load_model(other.storage, night["model"], other["semantic_ids"])
     arguments = (settings, other.storage, night["model"], other["semantic_ids"], night["sequences"])
     with pytest.raises(ArtifactError, match="was trained on ID space"):
         run(recommendations.STAGE, *arguments)
     with pytest.raises(ArtifactError, match="was trained on ID space"):
-        run(harness.STAGE, *arguments, night["catalog"])
+        run(EVALUATION_STAGE, *arguments, night["catalog"])
     # an item_index of the old histories would be another item of the new registry
     histories, ids = night["sequences"], other["semantic_ids"]
     for begin in (
-        lambda: run(training.STAGE, settings, other.storage, histories, ids),
+        lambda: run(MODEL_STAGE, settings, other.storage, histories, ids),
         lambda: run(baselines.sasrec_stage(settings.sasrec), settings, other.storage, histories, ids),
         lambda: baselines.run_baseline(
             settings,
@@ -242,7 +242,9 @@ def test_a_model_of_another_id_space_is_refused(night, night_root, world):
             embeddings=night["embeddings"],
         ),
     ):
-        with pytest.raises(ArtifactError, match=r"were not built on Semantic IDs .*jobs/build_sequences"):
+        with pytest.raises(
+            ArtifactError, match=r"were not built on Semantic IDs .*`tiger-ray run events sequences`"
+        ):
             begin()
     model = night["model"].model_copy(
         update={"metadata": {**night["model"].metadata, "space": id_space(ids)}}
@@ -251,14 +253,14 @@ def test_a_model_of_another_id_space_is_refused(night, night_root, world):
     with pytest.raises(ArtifactError, match="were not built on Semantic IDs"):
         run(recommendations.STAGE, *arguments)
     with pytest.raises(ArtifactError, match="were not built on Semantic IDs"):
-        run(harness.STAGE, *arguments, night["catalog"])
+        run(EVALUATION_STAGE, *arguments, night["catalog"])
 
 
 def test_a_model_that_saw_every_event_cannot_be_evaluated(night):
     saw_all = night["model"].model_copy(update={"metadata": {**night["model"].metadata, "holdout": "none"}})
     with pytest.raises(DataError, match=r"trained on all events \(training\.holdout is 'none'\)"):
         run(
-            harness.STAGE,
+            EVALUATION_STAGE,
             night.settings,
             night.storage,
             saw_all,

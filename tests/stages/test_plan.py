@@ -11,17 +11,19 @@ from tiger_ray.artifacts.storage import Storage
 from tiger_ray.errors import PublishError
 from tiger_ray.stages import stage
 from tiger_ray.stages.night import STAGE_NAMES
-from tiger_ray.stages.plan import Planned, plan_night
+from tiger_ray.stages.plan import PlannedStage, plan_night
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
 
 @pytest.fixture
-def plan(night: Night, night_root: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Planned]]:
+def plan(
+    night: Night, night_root: str, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., dict[str, PlannedStage]]:
     """Plans a night on a copy of the finished one, where neither Ray nor a write may be asked for."""
     data = night.settings.catalog.uri.removesuffix("/catalog")
 
-    def make(date: str = MONDAY, data: str = data, **changed: Any) -> dict[str, Planned]:
+    def make(date: str = MONDAY, data: str = data, **changed: Any) -> dict[str, PlannedStage]:
         storage = Storage(night_root)
         before = {file.path: file.version for file in storage.store.find("")}
         with pytest.MonkeyPatch.context() as patch:
@@ -36,7 +38,7 @@ def plan(night: Night, night_root: str, monkeypatch: pytest.MonkeyPatch) -> Call
     return make
 
 
-def verdicts(planned: dict[str, Planned]) -> dict[str, str]:
+def verdicts(planned: dict[str, PlannedStage]) -> dict[str, str]:
     return {name: one.verdict for name, one in planned.items()}
 
 

@@ -19,7 +19,7 @@ from tiger_ray.ids import quantizers, semantic_ids
 from tiger_ray.published import quantizer as published_quantizer
 from tiger_ray.published import semantic_ids as published_ids
 from tiger_ray.settings.settings import Settings
-from tiger_ray.stages import semantic_ids as registry
+from tiger_ray.stages import semantic_ids as semantic_ids_stage
 from tiger_ray.stages.stage import StageResult
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -90,7 +90,7 @@ class Registry:
     def night(self, numbers: range, date: str = MONDAY, num_shards: int = 3, **changed: Any) -> StageResult:
         settings = self.settings(date, **changed)
         inputs = self.inputs(numbers, settings, num_shards)
-        return run(registry.STAGE, settings, self.storage, *inputs)
+        return run(semantic_ids_stage.STAGE, settings, self.storage, *inputs)
 
     def read(self, result: StageResult) -> semantic_ids.SemanticIds:
         return published_ids.load_semantic_ids(self.storage, result.manifest)
@@ -124,7 +124,7 @@ def two_nights(
     """A first night, and one with new items, some gone, other shards, and several partitions."""
     at = Registry(tmp_path_factory.mktemp("registry"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "ROWS_PER_PARTITION", 60)
+        patch.setattr(semantic_ids_stage, "ROWS_PER_PARTITION", 60)
         first = at.night(range(0, 300), num_shards=5)
         second = at.night(range(40, NUM_ITEMS), TUESDAY, num_shards=3)
     return at, [first, second]
@@ -169,7 +169,7 @@ def test_items_that_are_gone_keep_their_id_and_leave_the_trie(two_nights: Any) -
 def test_an_item_whose_text_changed_keeps_its_id(at: Registry) -> None:
     monday = at.read(at.night(range(0, 50)))
     settings = at.settings(TUESDAY)
-    changed = run(registry.STAGE, settings, at.storage, *at.inputs(range(0, 60), settings, seed=9))
+    changed = run(semantic_ids_stage.STAGE, settings, at.storage, *at.inputs(range(0, 60), settings, seed=9))
     assert changed.manifest.metadata["new_items"] == 10
     assert by_item(monday).items() <= by_item(at.read(changed)).items()
 
@@ -207,7 +207,7 @@ def test_a_night_that_loses_the_race_appends_behind_the_winner(
     settings = at.settings(TUESDAY)
     inputs = at.inputs(range(130, 200), settings)
     monkeypatch.setattr(Storage, "move_head", race)
-    loser = run(registry.STAGE, settings, at.storage, *inputs)
+    loser = run(semantic_ids_stage.STAGE, settings, at.storage, *inputs)
     winner, both = at.read(rivals[0]), at.read(loser)
 
     assert (len(winner), len(both)) == (160, 200)
@@ -217,7 +217,7 @@ def test_a_night_that_loses_the_race_appends_behind_the_winner(
     report = published_ids.load_report(at.storage, loser.manifest)
     assert report["items"] == 200
     assert report["prefixes"] == len(np.unique(both.codes_NI[:, :-1], axis=0))
-    again = run(registry.STAGE, settings, at.storage, *inputs)
+    again = run(semantic_ids_stage.STAGE, settings, at.storage, *inputs)
     assert again.status == "skipped"
 
 
@@ -254,7 +254,7 @@ def test_the_type_of_item_ids_may_not_change(at: Registry) -> None:
     with pytest.raises(
         DataError, match=r"item_id is int64 in catalog of .*, but the registry .* started with string"
     ):
-        run(registry.STAGE, settings, at.storage, rows, *others)
+        run(semantic_ids_stage.STAGE, settings, at.storage, rows, *others)
 
 
 def test_embeddings_of_another_width_than_the_quantizers_are_refused(at: Registry) -> None:
@@ -274,7 +274,7 @@ def test_embeddings_of_another_width_than_the_quantizers_are_refused(at: Registr
     with pytest.raises(
         ArtifactError, match=r"fitted on embeddings of width 6, but these have shape \(\d+, 9\)"
     ):
-        run(registry.STAGE, settings, at.storage, rows, wider, quantizer)
+        run(semantic_ids_stage.STAGE, settings, at.storage, rows, wider, quantizer)
     assert ("semantic_ids", TUESDAY) not in published_dates(at.storage)
 
 

@@ -133,7 +133,7 @@ def test_refused_checkpoints_end_training_clearly_and_the_same_command_goes_on(
         training.run()
     assert refused.value.exit_code == 6
     text = str(refused.value)
-    assert text.startswith("training stopped, for its checkpoint of step 30 could not be written.")
+    assert text.startswith("training stopped, because its checkpoint of step 30 could not be written.")
     assert f"PutObject of {training.root}/model/_runs/" in text
     assert "AccessDenied" in text
     assert "Grant these credentials s3:PutObject" in text

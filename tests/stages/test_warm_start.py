@@ -15,7 +15,7 @@ from tiger_ray.artifacts.storage import Storage
 from tiger_ray.errors import ArtifactError
 from tiger_ray.published import model as published_model
 from tiger_ray.settings.settings import Settings
-from tiger_ray.stages import model as training
+from tiger_ray.stages.model import STAGE as MODEL_STAGE
 
 pytestmark = pytest.mark.ray
 
@@ -48,7 +48,7 @@ def test_a_warm_start_begins_with_the_last_model_and_tonights_settings(night: Ni
     storage = Storage(night_root)
     settings = settings_of(night, night_root, TUESDAY, model={"dropout": 0.05, "max_history": 6})
     inputs = (night["sequences"], night["semantic_ids"])
-    tuesday = run(training.STAGE, settings, storage, *inputs)
+    tuesday = run(MODEL_STAGE, settings, storage, *inputs)
 
     assert tuesday.status == "computed"
     model = tuesday.manifest
@@ -65,7 +65,7 @@ def test_a_warm_start_begins_with_the_last_model_and_tonights_settings(night: Ni
     last = json.loads(storage.read_file(night["model"], "curve.json"))["points"][-1]["loss"]
     assert first_loss(storage, model) < 1.25 * last < 0.8 * math.log(vocabulary_size)
 
-    assert run(training.STAGE, settings, storage, *inputs).status == "skipped"
+    assert run(MODEL_STAGE, settings, storage, *inputs).status == "skipped"
 
 
 def test_the_first_night_of_a_warm_start_trains_from_scratch_and_says_so(
@@ -76,7 +76,7 @@ def test_the_first_night_of_a_warm_start_trains_from_scratch_and_says_so(
     for file in storage.store.find("model"):
         s3_client.delete_object(Bucket=bucket, Key=f"prefix/{file.path}")
     settings = settings_of(night, night_root, WEDNESDAY)
-    model = run(training.STAGE, settings, storage, night["sequences"], night["semantic_ids"]).manifest
+    model = run(MODEL_STAGE, settings, storage, night["sequences"], night["semantic_ids"]).manifest
     assert "training.warm_start: no model of the last 31 days, so training starts from scratch" in caplog.text
     assert "warm_start" not in model.inputs
     assert "begun with" not in model.metadata["summary"]
@@ -104,7 +104,7 @@ def test_a_model_of_another_shape_is_no_warm_start(night: Night, night_root: str
         match=rf"training\.warm_start: the model of {MONDAY} has another shape "
         r"\(model\.num_layers 1 -> 2, model\.d_ff 64 -> 48\)\. Set training\.warm_start to false",
     ) as refused:
-        run(training.STAGE, settings, storage, night["sequences"], night["semantic_ids"])
+        run(MODEL_STAGE, settings, storage, night["sequences"], night["semantic_ids"])
     assert refused.value.exit_code == 3
     assert ("model", TUESDAY) not in published_dates(storage)
 
@@ -117,21 +117,21 @@ def test_a_model_of_another_id_space_is_no_warm_start(night: Night, night_root: 
         match=rf"training\.warm_start: the model of {MONDAY} writes Semantic IDs of ID space .*, tonight's "
         r"are of .*\. Set training\.warm_start to false",
     ) as refused:
-        run(training.STAGE, settings, other.storage, other["sequences"], other["semantic_ids"])
+        run(MODEL_STAGE, settings, other.storage, other["sequences"], other["semantic_ids"])
     assert refused.value.exit_code == 3
     assert ("model", TUESDAY) not in published_dates(other.storage)
 
 
 def test_a_model_that_saw_what_tonight_hides_is_no_warm_start(night: Night) -> None:
-    """A refit on all events, then a night with evaluation: it would be praised for what it has been told."""
+    """A refit on all events, then a night with evaluation: the model has seen tonight's test events."""
     settings = settings_of(night, night.settings.storage.root, TUESDAY)
     last, semantic_ids = night["model"], night["semantic_ids"]
     lineage.require_same_model(last, settings, semantic_ids)
     refit = last.model_copy(update={"metadata": {**last.metadata, "holdout": "none"}})
     with pytest.raises(
         ArtifactError,
-        match=rf"the model of {MONDAY} was trained with training\.holdout 'none', tonight's is 'leave_one_out': it may "
-        r"have seen events that tonight are hidden",
+        match=rf"the model of {MONDAY} was trained with training\.holdout 'none', tonight's is 'leave_one_out': the model may "
+        r"have seen events that are hidden tonight",
     ):
         lineage.require_same_model(refit, settings, semantic_ids)
     everything = settings_of(

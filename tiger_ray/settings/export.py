@@ -9,4 +9,4 @@ class ExportSettings(Section):
     """The model as a folder for other tools."""
 
     to: str | None = operational(None)
-    """Local folder to write, new or empty; required by jobs/export_model.py."""
+    """Local folder to write, new or empty; required by `tiger-ray export`."""

@@ -39,11 +39,11 @@ from tiger_ray.training.collate import sasrec_collate
 from tiger_ray.training.spec import TrainSpec
 
 INPUTS = ("semantic_ids", "sequences", "catalog", "embeddings")
-"""Artifacts that a baseline and its evaluation read."""
+"""Artifacts that a baseline and the evaluation of a baseline read."""
 
 
 def run_baseline(settings: Settings, storage: Storage, **inputs: Manifest) -> StageResult:
-    """Publish the evaluation of `baseline.kind`, beside that of the model, and what is trained for it.
+    """Publish the evaluation of `baseline.kind`, and first the trained model if the baseline needs one.
 
     Args:
         settings: of the night.
@@ -118,7 +118,7 @@ def _neighbours(
 
 
 def encoder_name(embeddings: Manifest) -> str:
-    """What made the embeddings, as their settings name it."""
+    """Name of the encoder that made the embeddings."""
     settings = embeddings.setting("embeddings")
     return str(settings["model"] if settings["encoder"] == "sentence-transformers" else settings["encoder"])
 
@@ -142,7 +142,7 @@ def make_neighbours(
         storage.read_table(embeddings, entry, columns=["item_id"]).column("item_id")
         for entry in embeddings.files
     ]
-    # all files at once: each lookup hashes the whole registry
+    # Look up the ids of all files at once: each lookup hashes the whole registry.
     index_N = ids.lookup(pa.chunked_array([chunk for column in columns for chunk in column.chunks]))
     first = 0
     for entry in embeddings.files:
@@ -172,7 +172,7 @@ def _sasrec(
 
 
 def variant(sasrec: SasrecSettings) -> str:
-    """Name of this SASRec among the artifacts of a night: one of each is kept."""
+    """Name of this SASRec among the artifacts of a night, which keeps one of each variant."""
     return f"sasrec-{sasrec.loss}" + ("-map" if sasrec.output_map else "")
 
 
@@ -192,7 +192,7 @@ def _compute_sasrec(run: Run, context: Context) -> Computed:
 
 
 def sasrec_stage(sasrec: SasrecSettings) -> Stage:
-    """The stage that publishes `model-` and `variant`, trained by section `training`."""
+    """The stage that trains this SASRec by section `training`, and publishes `model-VARIANT`."""
     return Stage(
         name=f"model-{variant(sasrec)}",
         does="histories -> a trained SASRec",
@@ -210,7 +210,13 @@ def sasrec_stage(sasrec: SasrecSettings) -> Stage:
 
 
 def make_sasrec_spec(settings: Settings, storage: Storage, semantic_ids: Manifest) -> TrainSpec:
-    """A new SASRec for all items ever registered."""
+    """A new SASRec for all items ever registered.
+
+    Args:
+        settings: section `sasrec`, and the seed.
+        storage: where the artifacts are.
+        semantic_ids: manifest of the Semantic IDs, whose registry numbers the items.
+    """
     ids = load_semantic_ids(storage, semantic_ids)
     torch.manual_seed(settings.seed)
     model = SasrecModel(settings.sasrec, len(ids))

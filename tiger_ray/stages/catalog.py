@@ -1,7 +1,7 @@
 """Catalog rows -> items: validated, with one clean text each, in files by a hash of the item id.
 
 Everything downstream trusts this artifact: ids are unique and never null, text is unescaped and bounded,
-`available` says whether an item may be recommended tonight.
+`available` is true for an item that may be recommended tonight.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tiger_ray.artifacts.files import shard_name
 from tiger_ray.artifacts.manifest import FileEntry
 from tiger_ray.artifacts.run import Run
 from tiger_ray.artifacts.store import InputFile
-from tiger_ray.cluster.reading import blamed, read_columns
+from tiger_ray.cluster.reading import name_bad_file, read_columns
 from tiger_ray.cluster.shards import write_partitions
 from tiger_ray.data.catalog import (
     repeated_ids,
@@ -44,14 +44,14 @@ def _compute(run: Run, context: Context) -> Computed:
     vectors = vector_type(schema, settings)
     require_readable(schema, settings)
 
-    with blamed(files, settings.uri, wanted.values()):
+    with name_bad_file(files, settings.uri, wanted.values()):
         dataset = read_columns(files, settings.uri, wanted.values()).map_batches(
             clean_rows,
             fn_args=(settings, item_id_type, vectors),
             batch_size=None,
             batch_format="pyarrow",
         )
-        entries = write_partitions(dataset, _Finish(run, settings), num_shards=settings.num_shards)
+        entries = write_partitions(dataset, _WriteShard(run, settings), num_shards=settings.num_shards)
     items = sum(entry.rows for entry in entries)
     empty = sum(entry.fact("empty_text") for entry in entries)
     assert items == rows, f"{rows} rows were read and {items} written"
@@ -66,8 +66,8 @@ def _compute(run: Run, context: Context) -> Computed:
     }
 
 
-class _Finish:
-    """Check and write one shard of the catalog."""
+class _WriteShard:
+    """Checks and writes one shard of the catalog."""
 
     def __init__(self, run: Run, settings: CatalogSettings) -> None:
         self._run = run

@@ -45,7 +45,9 @@ def _compute(run: Run, context: Context) -> Computed:
     settings, storage, catalog = context.settings.embeddings, context.storage, context.inputs["catalog"]
     source = dict(context.source)
     if settings.encoder == "catalog":
-        source["vector"] = str(context.settings.catalog.vector)  # another column is another space
+        source["vector"] = str(
+            context.settings.catalog.vector
+        )  # vectors of another column lie in another space
     encoder = fingerprint({**settings.fingerprint(), **source})
     entries = map_shards(
         run,
@@ -74,7 +76,7 @@ def _compute(run: Run, context: Context) -> Computed:
 
 
 def _previous(storage: Storage, encoder: str) -> Manifest | None:
-    """The last published embeddings, if the same encoder made them."""
+    """The last published embeddings if the same encoder made them, else None."""
     try:
         last = storage.resolve("embeddings")
         same = EmbeddingsMetadata.of(last).encoder == encoder
@@ -110,7 +112,7 @@ class _EmbedShard:
             embedding, encoded = self._encode_changed(items, item_id, text_hash, shard)
             blank = pc.equal(items.column("text"), "").to_numpy()
             if self._settings.encoder == "hashing":
-                blank |= ~embedding.any(axis=1)  # its words have two letters or more
+                blank |= ~embedding.any(axis=1)  # this encoder reads only words of two letters or more
             if blank.any():
                 embedding[blank] = random_directions(stable_hash(item_id)[blank], embedding.shape[1])
         refuse_bad_rows(embedding, items, self._settings.encoder)
@@ -128,7 +130,7 @@ class _EmbedShard:
     def _encode_changed(
         self, items: pa.Table, item_id: pa.Array, text_hash: np.ndarray, shard: FileEntry
     ) -> tuple[np.ndarray, int]:
-        """(N, D) embeddings, kept where item and text are those of the last night, and how many were encoded."""
+        """Embeddings (N, D), and the number of encoded texts; an item with the text of the last night is not encoded."""
         assert self._encoder is not None
         before = self._last_night(shard, item_id.type)
         place = np.full(len(item_id), -1)
@@ -151,7 +153,7 @@ class _EmbedShard:
         if self._previous is None or shard.name not in {entry.name for entry in self._previous.files}:
             return None
         table = self._storage.read_table(self._previous, shard.name)
-        # ids of another type are other items, and the registry will say so
+        # Ids of another type are other items; the stage semantic_ids refuses them.
         return table if table.num_rows and table.schema.field("item_id").type == id_type else None
 
 
@@ -169,5 +171,5 @@ STAGE = Stage(
 
 Raises:
     SettingsError: the encoder could not be loaded on every machine.
-    DataError: an embedding is not finite or says nothing.
+    DataError: an embedding is not finite, or has the same number in every dimension.
 """

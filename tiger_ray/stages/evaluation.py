@@ -1,7 +1,7 @@
-"""Held-out events and a ranker -> the artifact `evaluation`: whom the ranker would have served, and what it shows.
+"""Held-out events and a ranker -> the artifact `evaluation`: how well the ranker finds the events, and what it shows.
 
-Each user shard is ranked whole, one file in, one file out. The lists stay in the artifact, so that two rankers can
-be compared user by user at any time. Then a few tasks count the lists, and their counts add up.
+Workers rank one user shard after the other, and write one file per shard. The lists stay in the artifact, so that two
+rankers can be compared user by user at any time. Then a few tasks count the lists, and the counts are added.
 
 B users of a shard, P places of a list, N items, C cells of a count by rank, G groups.
 """
@@ -55,41 +55,41 @@ INPUTS = ("semantic_ids", "sequences", "catalog")
 """Artifacts that the evaluation of any ranker reads."""
 
 NUM_TASKS = 8
-"""Tasks at most that count lists; each adds up counts of all items."""
+"""Most tasks that count lists; each task holds counts of all items."""
 
 
 @dataclass(frozen=True)
 class RankerSpec:
-    """A ranker that is to be evaluated, and how to make it in another process."""
+    """A ranker to evaluate, and how another process makes the ranker."""
 
     make: Callable[..., Ranker]
-    """Makes the ranker, once per actor; is given `rules` beside its arguments."""
+    """Makes the ranker, once per actor, from `arguments` and `rules`."""
     arguments: Mapping[str, Any]
     """Keyword arguments of `make`; object references are resolved."""
     ranking: Mapping[str, Any]
-    """How it ranks, in words and numbers: part of the protocol."""
+    """How the ranker ranks, in words and numbers: part of the protocol."""
     holdout: str
-    """Which events its training did not see: section `training`."""
+    """Which events the training of the ranker did not see: section `training`."""
     inputs: Mapping[str, Manifest]
-    """Artifacts it is made of, beside the histories."""
+    """Artifacts that the ranker is made of, besides the histories."""
     sections: Mapping[str, Section]
-    """Settings that decide its lists."""
+    """Settings that decide the lists."""
     name: str = ""
     """Empty for the model of the night; a baseline's evaluation is an artifact of its own."""
     num_workers: int = 1
     num_cpus: float = 1
     use_gpu: bool = False
     reads_events: bool = False
-    """`make` is also given `events_N`: the events of each item that training may see, (N,) int64."""
+    """True if `make` also needs `events_N`: the events of each item that training may see, (N,) int64."""
 
     @property
     def artifact(self) -> str:
-        """Where its evaluation is published."""
+        """Name of the artifact that holds the evaluation."""
         return f"evaluation-{self.name}" if self.name else "evaluation"
 
 
-def tiger(context: Context) -> RankerSpec:
-    """The model of the night, ranked by beam search as section `decoding` says."""
+def tiger_spec(context: Context) -> RankerSpec:
+    """The model of the night, which ranks by beam search with section `decoding`."""
     settings, model = context.settings, context.inputs["model"]
     decoding = settings.decoding
     return RankerSpec(
@@ -120,7 +120,7 @@ def _check(context: Context, spec: RankerSpec) -> None:
     require_same_registry(sequences, semantic_ids)
     if spec.holdout == "none":
         raise DataError(
-            "the model was trained on all events (training.holdout is 'none'), so there is nothing left to evaluate it on"
+            "the model was trained on all events (training.holdout is 'none'), so no event is left to evaluate the model on"
         )
     require_holdout(sequences, spec.holdout)
     model = spec.inputs.get("model")
@@ -186,7 +186,7 @@ def _compute(run: Run, context: Context, spec: RankerSpec) -> Computed:
     )
     users = sum(entry.rows for entry in entries)
     if users == 0:
-        raise DataError(_nobody(settings, spec.holdout, sequences))
+        raise DataError(_explain_no_users(settings, spec.holdout, sequences))
     found = _count(run, entries, settings, inputs, training_events)
     events = sequences.setting("events")
     protocol = {
@@ -198,8 +198,8 @@ def _compute(run: Run, context: Context, spec: RankerSpec) -> Computed:
         "unseen_targets": settings.evaluation.unseen_targets,
         "users": "all" if max_users is None else f"a hash sample of about {max_users:,}",
     }
-    # what changes from night to night is not in the protocol, by which nights are held against each other
-    facts = {"protocol": protocol, "periods": None, "training": _training(inputs.get("model"))}
+    # Keep night-specific facts out of `protocol`: the quality gate compares only nights with equal protocols.
+    facts = {"protocol": protocol, "periods": None, "training": _training_words(inputs.get("model"))}
     if spec.holdout == "time":
         facts["periods"] = f"validation from {histories.validation_from}, test from {histories.test_from}"
     metrics = run.write_file(METRICS_FILE, json.dumps({**facts, **found}, indent=2).encode())
@@ -218,8 +218,8 @@ def _compute(run: Run, context: Context, spec: RankerSpec) -> Computed:
     }
 
 
-def _nobody(settings: Settings, holdout: str, sequences: Manifest) -> str:
-    """Why there is nobody to evaluate, and what to change."""
+def _explain_no_users(settings: Settings, holdout: str, sequences: Manifest) -> str:
+    """Why no user can be evaluated, and what to change."""
     histories = SequencesMetadata.of(sequences)
     users, candidates = histories.users, histories.held_out_users(holdout, settings.evaluation.split)
     if not candidates:
@@ -238,8 +238,8 @@ def _nobody(settings: Settings, holdout: str, sequences: Manifest) -> str:
     )
 
 
-def _training(model: Manifest | None) -> str | None:
-    """What a trained ranker was trained with, in words."""
+def _training_words(model: Manifest | None) -> str | None:
+    """The training of a ranker in words; None for a ranker without training."""
     if model is None:
         return None
     training = model.setting("training")
@@ -279,7 +279,7 @@ class _RankShard:
         cuts = cuts_of(users, self._holdout)
         length_B = cuts.test_at_B if settings.split == "test" else cuts.validation_at_B
         user_hash_B = users.column("user_hash").to_numpy()
-        # mixed, because shards and user buckets follow from the hash itself
+        # Mix the hash once more: the hash itself already decides shards and user buckets.
         sampled_B = (splitmix64(user_hash_B) >> np.uint64(32)) < np.uint64(int(self._share * 2**32))
         kept_B = (length_B > 0) & sampled_B
         if settings.unseen_targets == "drop":
@@ -304,7 +304,7 @@ class _RankShard:
         return self._run.write_table(shard.name, pa.table(arrays, names=schema.names).cast(schema))
 
     def _require_masked(self, found: Found, histories: Histories) -> None:
-        """Refuse lists that show items of the history although the protocol says that the history is masked."""
+        """Refuse lists with items of the history, if the protocol says that the history is masked."""
         length_B = histories.lengths_B
         row_B = np.arange(len(histories), dtype=np.int64) << 32
         shown_BP = np.isin(
@@ -334,13 +334,13 @@ def _training_events(storage: Objects, sequences: Manifest, holdout: str, num_it
         return events_N
 
     events = ray.remote(total).remote(*_by_parts(user_shards(sequences), count))
-    # Those who wait for it are actors, which would hold the last CPUs that it needs.
+    # Wait here. The actors that need this result would otherwise hold the CPUs that compute the result: a deadlock.
     ray.wait([events], fetch_local=False)
     return events
 
 
 def _by_parts(shards: Sequence[FileEntry], count: Callable[..., Any], *arguments: Any) -> list[ray.ObjectRef]:
-    """References to what a few tasks find in all shards, each in many."""
+    """Call `count` in a few tasks, each with a part of the shards; returns one reference per task."""
     num_tasks = min(NUM_TASKS, len(shards))
     task = ray.remote(count)
     return [task.remote(list(shards[number::num_tasks]), *arguments) for number in range(num_tasks)]
@@ -384,7 +384,7 @@ def _count(
         found = metrics_of(sum_of(parts), settings)
         found["shown"] = sum_of(parts).exposure.metrics(eligible_N, events_N)
         if (category_N < 0).all():
-            del found["shown"]["entropy"]  # of nothing known
+            del found["shown"]["entropy"]  # not defined without categories
         return found
 
     category = ray.remote(categories).remote()
@@ -396,7 +396,7 @@ def _count(
 
 def _check_model(context: Context) -> None:
     require_same_id_space(context.inputs["model"], context.inputs["semantic_ids"])
-    _check(context, tiger(context))
+    _check(context, tiger_spec(context))
 
 
 STAGE = Stage(
@@ -408,15 +408,15 @@ STAGE = Stage(
         "training.holdout is 'none': no event is held out" if settings.training.holdout == "none" else None
     ),
     check=_check_model,
-    keyed_inputs=lambda context: _keyed_inputs(context, tiger(context)),
-    source=lambda context: _source(context, tiger(context)),
+    keyed_inputs=lambda context: _keyed_inputs(context, tiger_spec(context)),
+    source=lambda context: _source(context, tiger_spec(context)),
     draws=lambda settings: True,
-    compute=lambda run, context: _compute(run, context, tiger(context)),
+    compute=lambda run, context: _compute(run, context, tiger_spec(context)),
     format_version=4,
 )
 """Publishes `evaluation` of the night's model.
 
 Raises:
     ArtifactError: the model was trained on other Semantic IDs.
-    DataError: training saw all events, or no user is long enough.
+    DataError: training saw all events, or no user has an event to hold out.
 """

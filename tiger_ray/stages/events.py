@@ -15,7 +15,7 @@ from tiger_ray.artifacts.metadata import CatalogMetadata
 from tiger_ray.artifacts.run import Run
 from tiger_ray.artifacts.storage import Storage
 from tiger_ray.artifacts.store import InputFile
-from tiger_ray.cluster.reading import blamed, read_events
+from tiger_ray.cluster.reading import name_bad_file, read_events
 from tiger_ray.cluster.shards import plain_errors
 from tiger_ray.data.events import (
     add_counts,
@@ -32,7 +32,7 @@ from tiger_ray.stages.stage import Computed, Context, Stage
 
 
 def catalog_item_ids(storage: Storage, catalog: Manifest) -> ray.ObjectRef:
-    """All item ids of the catalog, gathered by a worker into the object store: one array, shared by all tasks."""
+    """Reference to all item ids of the catalog: a worker gathers one array in the object store, which all tasks share."""
 
     def gather() -> pa.ChunkedArray:
         tables = [storage.read_table(catalog, entry.name, columns=["item_id"]) for entry in catalog.files]
@@ -61,7 +61,7 @@ def _compute(run: Run, context: Context) -> Computed:
         batch_size=None,
         batch_format="pyarrow",
     )
-    with blamed(files, settings.uri, wanted_columns(settings).values()), plain_errors():
+    with name_bad_file(files, settings.uri, wanted_columns(settings).values()), plain_errors():
         counts = add_counts([json.loads(row["counts"]) for row in counted.iter_rows()])
     require_usable(counts, unit, settings)
     facts: dict[str, Any] = {

@@ -17,10 +17,15 @@ log = logging.getLogger(__name__)
 def require_gate(settings: Settings, storage: Storage, evaluated: Manifest) -> None:
     """The quality gate: refuse a night that is worse than popularity, or much worse than the last one.
 
+    Args:
+        settings: section `evaluation`.
+        storage: where the last recommendations are published.
+        evaluated: manifest of tonight's evaluation.
+
     Raises:
-        QualityError: names both numbers and the settings that decide.
+        QualityError: the model ranks too badly; names both numbers and the settings that decide.
     """
-    name = f"ndcg@{max(evaluated.setting('evaluation', 'ks'))}"  # what was measured, whatever is set by now
+    name = f"ndcg@{max(evaluated.setting('evaluation', 'ks'))}"  # evaluation.ks may have changed since
     measured = EvaluationMetadata.of(evaluated)
     ours, popular = measured.model.by_name[name], measured.popularity.by_name[name]
     floor = settings.evaluation.min_ratio_to_popularity * popular
@@ -35,7 +40,7 @@ def require_gate(settings: Settings, storage: Storage, evaluated: Manifest) -> N
         return
     try:
         last = RecommendationsMetadata.of(published).evaluation
-    except ArtifactError as error:  # tonight's recommendations may be what restores them
+    except ArtifactError as error:  # publishing tonight may restore the damaged recommendations
         log.warning("evaluation.max_drop is not applied tonight: %s", error)
         return
     if last is None or name not in last.by_name or last.protocol != measured.protocol.as_dict():
@@ -51,10 +56,15 @@ def require_gate(settings: Settings, storage: Storage, evaluated: Manifest) -> N
 
 
 def require_evaluated(settings: Settings, storage: Storage, model: Manifest) -> None:
-    """The quality gate for a model whose evaluation, unless it was trained on all events, must be published.
+    """Apply the quality gate to the published evaluation of a model; a model that was trained on all events passes.
+
+    Args:
+        settings: with the date, and section `evaluation`.
+        storage: where artifacts live.
+        model: manifest of the model.
 
     Raises:
-        ArtifactError: it is not.
+        ArtifactError: the model has no published evaluation.
         QualityError: as `require_gate`.
     """
     if ModelMetadata.of(model).holdout == "none":
@@ -62,7 +72,7 @@ def require_evaluated(settings: Settings, storage: Storage, model: Manifest) -> 
     evaluated = evaluation_of(storage, settings, model)
     if evaluated is None:
         raise ArtifactError(
-            f"model {model.run_id} of {settings.date} has no evaluation, so the quality gate cannot judge it; evaluate it "
-            "first (jobs/evaluate.py)"
+            f"model {model.run_id} of {settings.date} has no evaluation, so the quality gate cannot judge it; run "
+            "`tiger-ray run evaluation` first"
         )
     require_gate(settings, storage, evaluated)

@@ -1,12 +1,11 @@
 """Histories -> a model: the paper's sequence-to-sequence training, by one worker or by several of Ray Train.
 
-An example is a user's history cut before one of its events: the model reads the items before it and writes
-the Semantic ID of that item. Which examples make up step s follows from the seed and s alone (`examples.py`),
-so a resumed run continues exactly, and any number of workers sees the same global batches. The loop itself
-is `training.loop.fit`.
+An example is a user's history cut before one event: the model reads the earlier items and writes the Semantic ID of
+the item of that event. Seed and step number decide the examples of a step (`training.examples`), so a resumed run
+continues exactly, and any number of workers sees the same global batches. The loop is `training.loop.fit`.
 
-At each checkpoint the model ranks the validation event of some users (`validation.py`); the best
-checkpoint becomes the model.
+At each checkpoint the model ranks the validation event of some users (`training.validation`); the best checkpoint
+becomes the model.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ from tiger_ray.settings.settings import Settings
 from tiger_ray.stages.stage import Computed, Context, Stage
 from tiger_ray.training.checkpoints import JUDGED_BY, STATE_FILE, Progress, load_state, save_state
 from tiger_ray.training.collate import tiger_collate
-from tiger_ray.training.log import MLflow, TensorBoard, TrainingLog, measured_peak, wants_mlflow
+from tiger_ray.training.log import MLflow, TensorBoard, TrainingLog, peak_operations_per_s, wants_mlflow
 from tiger_ray.training.loop import BATCH_TOKENS, fit, make_optimizer
 from tiger_ray.training.spec import TrainSpec
 
@@ -70,7 +69,7 @@ def _inputs(context: Context) -> tuple[Manifest, Manifest]:
 
 
 def _warm_start(context: Context) -> Manifest | None:
-    """The model to start from, if the settings ask for one and a night of the last days left one."""
+    """The model to start from; None if the settings ask for none or the last nights published none."""
     if not context.settings.training.warm_start:
         return None
     return last_model(context.storage, context.settings.date)
@@ -111,14 +110,21 @@ def _compute(run: Run, context: Context) -> Computed:
 def make_tiger_spec(
     settings: Settings, storage: Storage, semantic_ids: Manifest, warm_start: Manifest | None
 ) -> TrainSpec:
-    """The paper's model, or the last night's with tonight's settings."""
+    """The paper's model, or the last night's model with tonight's settings.
+
+    Args:
+        settings: of tonight.
+        storage: where the artifacts are.
+        semantic_ids: manifest of the Semantic IDs.
+        warm_start: manifest of the model to start from; None: new weights.
+    """
     ids = load_semantic_ids(storage, semantic_ids)
     vocabulary = Vocabulary(ids.level_sizes, settings.model.num_user_buckets)
     vocabulary.require_codes(ids.codes_NI)
     torch.manual_seed(settings.seed)
     model = TigerModel(settings.model, vocabulary)
     if warm_start is not None:
-        # into a model of tonight's settings: dropout and the length of histories may be others
+        # Copy the weights into a model of tonight's settings: dropout and max_history may have changed.
         model.load_state_dict(load_model(storage, warm_start, semantic_ids).state_dict())
     make_ranker = partial(
         TigerRanker,
@@ -143,14 +149,14 @@ def train(
     make_spec: Callable[..., TrainSpec],
     arguments: Mapping[str, Any],
 ) -> tuple[list[FileEntry], dict[str, Any]]:
-    """Train with section `training`, by one worker or by several of Ray Train; goes on where an earlier attempt ended.
+    """Train by section `training`, with one worker or several of Ray Train, from the last checkpoint of this run if any.
 
     Args:
-        run: gets the model's files and its curve.
+        run: receives the files of the model and the curve.
         settings: of the night.
-        sequences: histories.
-        make_spec: called on each worker.
-        arguments: its keyword arguments.
+        sequences: manifest of the histories.
+        make_spec: makes model, batches and ranker on each worker.
+        arguments: keyword arguments of `make_spec`.
 
     Returns:
         The files, and the facts for the manifest.
@@ -189,7 +195,7 @@ def train(
 
 
 def _train_worker(config: dict[str, Any], worker: Worker) -> None:
-    """What each worker runs."""
+    """Train on one worker."""
     run, settings, sequences = config["run"], config["settings"], config["sequences"]
     storage, training = run.storage, settings.training
     rank, world_size, device = worker.rank, worker.world_size, worker.device
@@ -207,9 +213,10 @@ def _train_worker(config: dict[str, Any], worker: Worker) -> None:
     )
     optimizer = make_optimizer(model, training)
     progress = Progress()
-    # the date, so that yesterday's run of the same inputs is not resumed unseen
+    # The name has the date: a night must not resume the training of another night with the same inputs.
     checkpoints = f"checkpoint-{settings.date}"
-    # read once, for all workers must go on from the same one, and an orphan may still be writing
+    # Rank 0 reads and broadcasts the checkpoint: all workers must resume from the same one, and an orphaned worker may
+    # still be overwriting the file.
     state: list[Any] = [run.read_beside(checkpoints, STATE_FILE) if worker.is_first else None]
     if world_size > 1:
         dist.broadcast_object_list(state, device=device)
@@ -254,12 +261,12 @@ def _train_worker(config: dict[str, Any], worker: Worker) -> None:
                 f"goes on from its checkpoint of step {before[-1]['step']:,}" if before else "begins again"
             )
             raise StorageError(
-                f"training stopped, for its checkpoint of step {progress.step:,} could not be written. {error}. "
+                f"training stopped, because its checkpoint of step {progress.step:,} could not be written. {error}. "
                 f"The same command {again}"
             ) from None
         try:
             run.write_beside("tensorboard", sinks[0].files())
-        except StorageError as error:  # no night is lost for a curve
+        except StorageError as error:  # a missing curve must not end the night
             log.warning("TensorBoard's file of step %d could not be written: %s", progress.step, error)
 
     fit(
@@ -283,7 +290,7 @@ def _train_worker(config: dict[str, Any], worker: Worker) -> None:
             training.log_every_steps,
             training.num_steps,
             device,
-            measured_peak(device, dtype_of(training.precision, device)),
+            peak_operations_per_s(device, dtype_of(training.precision, device)),
             sinks,
         ),
         seed=settings.seed,
@@ -319,5 +326,5 @@ STAGE = Stage(
 Raises:
     DataError: no user has two events that training may see.
     ArtifactError: `training.warm_start` is on, and the last model is of another ID space or shape; or the
-        sequences do not know the moments of `training.holdout` time, or are of another registry.
+        histories have no moments for `training.holdout` time, or are of another registry.
 """

@@ -42,8 +42,8 @@ def run_night(settings: Settings, storage: Storage, names: Collection[str] = ())
     Args:
         settings: of the whole night.
         storage: where artifacts live.
-        names: stages to run, even if the settings leave a stage out; what they read of other stages must be
-            published for the date. None: all that the settings do not leave out.
+        names: stages to run, even if the settings leave a stage out; their other inputs must be published for the
+            date. Empty: all stages that the settings do not leave out.
 
     Returns:
         The result of each stage that ran, by name; a stage that the settings leave out has none.
@@ -66,16 +66,16 @@ def run_night(settings: Settings, storage: Storage, names: Collection[str] = ())
 def inputs_of(
     stage: Stage, settings: Settings, storage: Storage, results: Mapping[str, StageResult]
 ) -> dict[str, Manifest]:
-    """The manifests that a stage reads: of tonight's results, or else of what is published for the date.
+    """The manifests that a stage reads: tonight's results first, else the artifacts published for the date.
 
     Args:
-        stage: that reads.
+        stage: stage that reads.
         settings: with the date.
         storage: where artifacts live.
-        results: of the stages that ran already, by name.
+        results: results of the stages that already ran, by name.
 
     Raises:
-        ArtifactError: an input is not published for the date; names it.
+        ArtifactError: an input is not published for the date; names the input.
     """
     return {
         name: results[name].manifest if name in results else storage.resolve(name, settings.date)

@@ -1,4 +1,4 @@
-"""What a night would do, and why, without Ray, without a claim and without computing anything."""
+"""Plan a night: what each stage would do and why. A plan needs no Ray, makes no claim and computes nothing."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ Verdict = Literal["computes", "reuses", "skips", "left out", "refuses"]
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedStage:
     """What a night would do with one stage."""
 
     stage: Stage
     verdict: Verdict
     why: tuple[str, ...]
-    """Settings, inputs or format that differ from the last night; or the error."""
+    """Settings, inputs or format that differ from the last night; or the text of the error."""
     rows_in: int | None = None
-    """Rows of the inputs; None where an input is not computed yet, or is the user's own file."""
+    """Rows of the inputs; None where an input is not computed yet, or is a file of the user."""
     bytes_in: int | None = None
-    """Bytes of the inputs, of the user's own files too; None where an input is not computed yet."""
+    """Bytes of the inputs, files of the user included; None where an input is not computed yet."""
     last: Record | None = None
-    """How the artifact of the latest date came about."""
+    """Record of the artifact of the latest date."""
     error: TigerError | None = None
-    """Why the night would end here."""
+    """The error with which the night would end at this stage."""
 
 
-def plan_night(settings: Settings, storage: Storage) -> list[Planned]:
+def plan_night(settings: Settings, storage: Storage) -> list[PlannedStage]:
     """The verdict on each stage of the night, in order; reads manifests and lists inputs, and writes nothing.
 
     Args:
@@ -46,7 +46,7 @@ def plan_night(settings: Settings, storage: Storage) -> list[Planned]:
         StorageError: the store cannot be read.
     """
     known: dict[str, Manifest] = {}
-    planned: list[Planned] = []
+    planned: list[PlannedStage] = []
     for stage in NIGHT:
         one, manifest = _plan_stage(stage, settings, storage, known, planned)
         planned.append(one)
@@ -60,30 +60,30 @@ def _plan_stage(
     settings: Settings,
     storage: Storage,
     known: Mapping[str, Manifest],
-    before: list[Planned],
-) -> tuple[Planned, Manifest | None]:
+    before: list[PlannedStage],
+) -> tuple[PlannedStage, Manifest | None]:
     """The verdict, and the manifest that later stages would read if nothing needs to be computed."""
     reason = stage.left_out(settings)
     if reason:
-        return Planned(stage, "left out", (reason,)), None
+        return PlannedStage(stage, "left out", (reason,)), None
     last = read_record(storage, stage.name)
     refused = [one.stage.name for one in before if one.verdict == "refuses"]
     if refused:
-        return Planned(stage, "refuses", (f"{refused[0]} is refused",), last=last), None
+        return PlannedStage(stage, "refuses", (f"{refused[0]} is refused",), last=last), None
     missing = [name for name in stage.inputs if name not in known]
     if missing:
         first = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} computed first"
-        return Planned(stage, "computes", (first,), last=last), None
+        return PlannedStage(stage, "computes", (first,), last=last), None
     context = Context(settings, storage, {name: known[name] for name in stage.inputs})
     try:
         if all(one.verdict in ("skips", "left out") for one in before):
-            stage.gate(context)  # the gate reads what is published for the date
+            stage.gate(context)  # the gate reads artifacts of the date
         key, context = key_of(stage, context)
     except TigerError as error:
-        return Planned(stage, "refuses", (str(error),), last=last, error=error), None
+        return PlannedStage(stage, "refuses", (str(error),), last=last, error=error), None
     verdict, why, manifest, refusing = _verdict(stage, settings, storage, key, last)
     rows = sum(manifest.rows for manifest in context.inputs.values()) if stage.inputs else None
-    return Planned(stage, verdict, why, rows, _bytes_in(context), last, refusing), manifest
+    return PlannedStage(stage, verdict, why, rows, _bytes_in(context), last, refusing), manifest
 
 
 def _verdict(

@@ -1,7 +1,7 @@
 """Embeddings -> the frozen quantizer, fitted by workers that each see a share of the catalog.
 
-It is fitted on the first night and kept until `quantizer.version` is raised (or another quantizer setting
-changes), which starts a new ID space.
+The first night fits the quantizer. Later nights keep the quantizer until `quantizer.version` is raised or another
+quantizer setting changes, which starts a new ID space.
 
 B items in block, D embedding width.
 """
@@ -65,13 +65,13 @@ def _fit_share(arguments: dict[str, Any], worker: Worker) -> None:
 
 
 class EmbeddingBlocks(Sequence[npt.NDArray[np.float32]]):
-    """One worker's share of the published embeddings, (B, D) float32 each; read from storage when asked for.
+    """One worker's share of the published embeddings as blocks, (B, D) float32; each access reads from storage.
 
     Args:
-        storage: where they are.
-        embeddings: the artifact.
-        rank: of this worker.
-        num_workers: in all; each has an equal run of rows.
+        storage: where the embeddings are published.
+        embeddings: manifest of the embeddings.
+        rank: number of this worker.
+        num_workers: number of workers; each gets an equal range of rows.
     """
 
     def __init__(self, storage: Storage, embeddings: Manifest, rank: int, num_workers: int) -> None:
@@ -84,7 +84,7 @@ class EmbeddingBlocks(Sequence[npt.NDArray[np.float32]]):
             if low < high:
                 self._pieces.append((entry, low, high))
             start += entry.rows
-        # A worker without rows still has to know the width.
+        # A worker without rows gets an empty block, because the block has the width.
         self._pieces = self._pieces or [(embeddings.files[0], 0, 0)]
 
     def __len__(self) -> int:

@@ -40,7 +40,7 @@ from tiger_ray.stages.stage import Computed, Context, Stage, sections_of
 FORMAT_VERSION = 2
 
 SLOTS = 4_000_000
-"""Recommendations in one array of Arrow, whose text ends at 2 GiB: ids of up to 500 bytes."""
+"""Most recommendations in one Arrow array: the text of an array is limited to 2 GiB, so ids may have 500 bytes."""
 
 
 def _check(context: Context) -> None:
@@ -49,8 +49,8 @@ def _check(context: Context) -> None:
     require_same_registry(inputs["sequences"], inputs["semantic_ids"])
 
 
-def _scoring(context: Context) -> str:
-    """Fingerprint of everything that decides which items are recommended: of all but the date."""
+def _scoring_fingerprint(context: Context) -> str:
+    """Fingerprint of everything that decides which items are recommended, which is everything except the date."""
     settings = context.settings
     return fingerprint(
         {
@@ -65,9 +65,14 @@ def _scoring(context: Context) -> str:
 
 
 def _compute(run: Run, context: Context) -> Computed:
-    settings, storage, inputs, scoring = context.settings, context.storage, context.inputs, _scoring(context)
+    settings, storage, inputs, scoring = (
+        context.settings,
+        context.storage,
+        context.inputs,
+        _scoring_fingerprint(context),
+    )
     shards = user_shards(inputs["sequences"])
-    twin = _twin(storage, scoring)
+    twin = _find_twin(storage, scoring)
     versions = {
         "model_version": inputs["model"].run_id,
         "semantic_ids_version": inputs["semantic_ids"].run_id,
@@ -119,17 +124,17 @@ def _compute(run: Run, context: Context) -> Computed:
         "form": settings.recommendations.form,
         **versions,
         "holdout": ModelMetadata.of(inputs["model"]).holdout,
-        # kept beside the recommendations for the next night's gate
-        "evaluation": None if evaluated is None else _measured(EvaluationMetadata.of(evaluated)),
+        # The quality gate of the next night reads these metrics.
+        "evaluation": None if evaluated is None else _metrics_for_gate(EvaluationMetadata.of(evaluated)),
     }
 
 
-def _measured(evaluation: EvaluationMetadata) -> dict[str, Any]:
+def _metrics_for_gate(evaluation: EvaluationMetadata) -> dict[str, Any]:
     return {**evaluation.model.as_dict(), "protocol": evaluation.protocol.as_dict()}
 
 
-def _twin(storage: Storage, scoring: str) -> Manifest | None:
-    """The last recommendations, if only their date differs from tonight's."""
+def _find_twin(storage: Storage, scoring: str) -> Manifest | None:
+    """The last recommendations if only the date differs from tonight's, else None."""
     try:
         last = storage.resolve("recommendations")
         same = RecommendationsMetadata.of(last).scoring == scoring
@@ -144,7 +149,7 @@ def _group_rows(settings: RecommendationsSettings) -> int:
 
 
 class _RedateShard:
-    """Copies one file of recommendations under a new date, and the versions of that night."""
+    """Copies one file of recommendations with a new date and the versions of that night."""
 
     def __init__(
         self, run: Run, storage: Storage, twin: Manifest, values: Mapping[str, str], group_rows: int
@@ -189,7 +194,7 @@ class _ScoreShard:
         return self._run.write_table(shard.name, table, facts, _group_rows(settings))
 
     def _table(self, user_id: pa.ChunkedArray, found: Found) -> pa.Table:
-        """Lists of items as rows of the contract."""
+        """Lists of items as rows of `schemas.recommendations`."""
         there_BK = found.item_BK != NO_ITEM
         length_B = there_BK.sum(axis=1)
         item_index = found.item_BK[there_BK]
@@ -240,8 +245,8 @@ STAGE = Stage(
     compute=_compute,
     format_version=FORMAT_VERSION,
 )
-"""Publishes `recommendations`: what comes after the whole history of each user.
+"""Publishes `recommendations`: the best items to follow the whole history of each user.
 
 Raises:
-    ArtifactError: the model was trained on other Semantic IDs, or the histories were built on others.
+    ArtifactError: the model was trained on other Semantic IDs, or the histories were built on other Semantic IDs.
 """

@@ -1,18 +1,18 @@
 """Embeddings -> Semantic IDs of the whole catalog, in an append-only registry.
 
-Every night quantizes only the items that are new, with the same frozen quantizer; an item keeps its Semantic
-ID for good, also while it is gone from the catalog.
+Every night quantizes only the new items, with the same frozen quantizer. An item keeps its Semantic ID for ever,
+even while the catalog lacks the item.
 
 Artifact `semantic_ids`: `segment-*-shard-*.parquet` (item_index, item_id, codes), one set per append, never
-rewritten; `counts-*.json`, items per code; `eligible.parquet`, one boolean per item_index: may it be
-recommended tonight; `report-*.json`. The chain of appends has a head, moved by compare-and-swap, so that two
-nights that append at the same time come one after the other.
+rewritten; `counts-*.json`, items per code; `eligible.parquet`, one boolean per item_index, true if
+tonight may recommend the item; `report-*.json`. The chain of appends has a head that moves by compare-and-swap, so
+two nights that append at the same time append one after the other.
 
-No process sees the whole catalog but as counts and one bit per item. Catalog, embeddings and segments are
-sharded by the same hash, so each shard meets only its own part of the registry; only 12 bytes per new item
-cross the network, to bring items of equal codewords together.
+No process holds the whole catalog, except as counts and one bit per item. Catalog, embeddings and segments are
+sharded by the same hash, so each shard needs only its own part of the registry. The shuffle that brings items of
+equal codewords together moves only 12 bytes per new item.
 
-M new items, N items before them, L levels, D embedding width.
+M new items, N items before them, L levels, I = L + 1 codes of an item, D embedding width.
 """
 
 from __future__ import annotations
@@ -41,17 +41,18 @@ from tiger_ray.errors import PublishError
 from tiger_ray.ids import report as ids_report
 from tiger_ray.ids import semantic_ids
 from tiger_ray.ids.report import describe
-from tiger_ray.published.semantic_ids import _item_ids, newest_of
+from tiger_ray.published.semantic_ids import item_ids_of, newest_of
 from tiger_ray.settings.settings import Settings
 from tiger_ray.stages.stage import Computed, Context, Stage
 
 log = logging.getLogger(__name__)
 
 ROWS_PER_PARTITION = 1_000_000
-"""New items that are compared with each other in one place: 12 MB."""
+"""New items of one partition of the shuffle: 12 MB."""
 
 
 MAX_LOST_RACES = 10
+"""Appends of other nights after which this night gives up."""
 
 
 def _source(context: Context) -> dict[str, Any]:
@@ -60,9 +61,9 @@ def _source(context: Context) -> dict[str, Any]:
     space = _space(context.inputs["quantizer"], settings)
     head = storage.head("semantic_ids", space)
     answered = [storage.published("semantic_ids", settings.date), head]
-    # What answers these inputs already keeps its fingerprint, whatever was appended since.
+    # Reuse the fingerprint of a link built from exactly these inputs, even if the chain has grown since.
     same = [link for link in answered if link is not None and link.inputs == digests]
-    if settings.storage.replace:  # which restores a damaged manifest
+    if settings.storage.replace:  # tonight replaces a damaged manifest, so do not build on that manifest
         same = [link for link in same if RegistryMetadata.fits(link)]
     if same:
         before = RegistryMetadata.of(same[0]).appended_to
@@ -88,7 +89,7 @@ class _Night:
     storage: Storage
     space: str
     before: str | None
-    """Digest of the head that the night began with."""
+    """Digest of the head when the night began."""
     catalog: Manifest
     embeddings: Manifest
     quantizer: Manifest
@@ -102,7 +103,7 @@ class _Night:
         return int(self.catalog.setting("catalog", "num_shards"))
 
     def compute(self) -> Computed:
-        """Append what is new, unless another night appends first: then look again what is new."""
+        """Append the new items; if another night appends first, find out again which items are new."""
         for _ in range(MAX_LOST_RACES):
             head = self.storage.head("semantic_ids", self.space)
             if head is not None:
@@ -110,14 +111,14 @@ class _Night:
             link = self._append(head)
             if link is head or self.storage.move_head(self.space, head, link):
                 crash_point("semantic_ids.appended")
-                return self._publishable(link)
+                return self._files_and_facts(link)
         raise PublishError(
             f"other nights appended to registry {self.space} {MAX_LOST_RACES} times while this one tried; "
-            "nothing was changed. Run it again"
+            "nothing was changed. Run the night again"
         )
 
     def _append(self, head: Manifest | None) -> Manifest:
-        """The head with tonight's new items behind it; the head itself if there are none."""
+        """Write tonight's new items and return the link behind the head; without new items return the head."""
         number = 0 if head is None else 1 + max(entry.fact("segment") for entry in segments_of(head))
         encode = _EncodeNewItems(self, head, number, self.run.finished())
         with plain_errors():
@@ -142,7 +143,7 @@ class _Night:
         files = [
             *(segments_of(head) if head is not None else []),
             *segment,
-            # Numbered, because a run that loses a race writes them again, and the first file of a name stays.
+            # The number is needed: a run that loses a race writes these files again, and no file is overwritten.
             self.run.write_file(f"counts-{number:05d}.json", json.dumps(counts).encode()),
             self.run.write_file(f"report-{number:05d}.json", json.dumps(report, indent=2).encode()),
         ]
@@ -163,7 +164,7 @@ class _Night:
     def _disambiguate(
         self, head: Manifest | None, number: int, items: int, shards: list[_NewShard]
     ) -> list[FileEntry]:
-        """Bring items of equal codewords together, number them, and write the next segment."""
+        """Bring items of equal codewords together, number the items, and write the next segment."""
         prefixes = map_numbers(len(shards), _NewPrefixes(self.run, shards))
         rows = sum(shard.entry.rows for shard in shards)
         if head is not None:
@@ -177,7 +178,7 @@ class _Night:
             batch_size=None,
             batch_format="pyarrow",
         )
-        # One row per shard that means nothing, so that a shard without any repeated prefix is written too.
+        # Add one sentinel row (item_index -1) per shard, so that shards without collisions still get a file.
         filled = np.array([place for place, shard in enumerate(shards) if shard.entry.rows])
         nothing = np.full(len(filled), -1)
         everyone = ray.data.from_arrow(_numbers(filled, nothing, nothing))
@@ -187,8 +188,8 @@ class _Night:
             num_shards=len(shards),
         )
 
-    def _publishable(self, link: Manifest) -> Computed:
-        """Everything the night publishes, once its items are in the chain."""
+    def _files_and_facts(self, link: Manifest) -> Computed:
+        """All files and facts that the night publishes, after its items are in the chain."""
         bits = map_numbers(len(self.catalog.files), _Eligible(self, link))
         write = ray.remote(_write_eligible)
         with plain_errors():
@@ -224,7 +225,7 @@ class _NewShard:
 
 @dataclass(frozen=True)
 class _EncodeNewItems:
-    """Writes ids and prefixes of the items of one shard that the registry does not hold yet."""
+    """Writes ids and prefixes of the items of one shard that the registry lacks."""
 
     night: _Night
     head: Manifest | None
@@ -232,7 +233,7 @@ class _EncodeNewItems:
     finished: dict[str, FileEntry]
 
     def __call__(self, number: int) -> FileEntry:
-        # Here, because most workers that import this module need no torch, which takes seconds to import.
+        # Import torch here: the import takes seconds, and most workers of this module need no torch.
         from tiger_ray.published.quantizer import load_quantizer
 
         night, storage = self.night, self.night.storage
@@ -244,8 +245,10 @@ class _EncodeNewItems:
         is_new = pa.chunked_array([pa.repeat(True, len(item_id))])
         if self.head is not None:
             old = _overlapping(self.head, shard_number(shard), night.num_shards)
-            is_new = pc.invert(pc.is_in(item_id, value_set=_item_ids(storage, self.head, old, item_id.type)))
-        if not pc.any(is_new).as_py():  # most nights, of most shards: and embeddings are large
+            is_new = pc.invert(
+                pc.is_in(item_id, value_set=item_ids_of(storage, self.head, old, item_id.type))
+            )
+        if not pc.any(is_new).as_py():  # frequent: do not read the embeddings, which are large
             nothing = {"item_id": pa.array([], item_id.type), "prefix": pa.array([], pa.int64())}
             return night.run.write_table(name, pa.table(nothing))
         table = storage.read_table(night.embeddings, shard, columns=["item_id", "embedding"]).filter(is_new)
@@ -272,7 +275,7 @@ class _NewPrefixes:
 
 
 def _touched_prefixes(run: Run, shards: list[_NewShard]) -> npt.NDArray[np.int64]:
-    """Prefixes of all new items, sorted: only old items under one of them matter tonight."""
+    """Sorted prefixes of all new items; only old items with such a prefix can collide tonight."""
     return np.unique(np.concatenate([np.unique(shard.prefixes(run)) for shard in shards]))
 
 
@@ -300,9 +303,9 @@ def _number_groups(block: pa.Table, items: int, starts: list[int], level_sizes: 
     disambiguator = semantic_ids.disambiguators(prefix, item_index)
     new = item_index >= items
     semantic_ids.require_room(prefix[new], disambiguator[new], level_sizes)
-    told = new & (disambiguator > 0)
-    shard = np.searchsorted(starts, item_index[told], side="right") - 1
-    return _numbers(shard, item_index[told], disambiguator[told])
+    later = new & (disambiguator > 0)
+    shard = np.searchsorted(starts, item_index[later], side="right") - 1
+    return _numbers(shard, item_index[later], disambiguator[later])
 
 
 def _numbers(shard: Any, item_index: Any, disambiguator: Any) -> pa.Table:
@@ -341,8 +344,8 @@ class _WriteSegment:
 
 @dataclass(frozen=True)
 class _Eligible:
-    """Which registered items are in one shard of tonight's catalog, and available: by file of the registry that may
-    hold some of them, one bit for each of its items."""
+    """Finds the registered items that are available in one shard of tonight's catalog: one bit per item of each file of
+    the registry that may hold items of the shard."""
 
     night: _Night
     link: Manifest
@@ -352,8 +355,8 @@ class _Eligible:
         items = night.storage.read_table(night.catalog, shard, columns=["item_id", "available"])
         available = items.filter(pc.field("available")).column("item_id")
         entries = _overlapping(self.link, shard_number(shard), night.num_shards)
-        # all files at once: a night appends one, and each search would hash the whole shard
-        item_id = _item_ids(night.storage, self.link, entries, available.type)
+        # Search all files at once: each search hashes the whole shard, and every night adds a file.
+        item_id = item_ids_of(night.storage, self.link, entries, available.type)
         found = pc.is_in(item_id, value_set=available).to_numpy()
         ends = np.cumsum([entry.rows for entry in entries])[:-1]
         return {
@@ -392,9 +395,9 @@ def _report_on_worker(
 
 
 def _sample_report(night: _Night, head: Manifest | None, segment: list[FileEntry]) -> dict[str, Any]:
-    """On the items of the first shards: a shard is a range of a hash, and so a random part of the catalog.
+    """The ID report on the items of the first shards; a shard is a range of a hash, so a random part of the catalog.
 
-    Whole shards, because the items of one are sorted by id.
+    Shards are read whole, because the items of a shard are sorted by id.
     """
     from tiger_ray.published.quantizer import load_quantizer
 
@@ -429,7 +432,7 @@ def _sample_report(night: _Night, head: Manifest | None, segment: list[FileEntry
 def _codes_by_id(
     night: _Night, head: Manifest | None, segment: list[FileEntry], shard: int, item_id: pa.ChunkedArray
 ) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.bool_]]:
-    """Semantic IDs of items of one shard, (M, I), and which of them the first append brought, (M,)."""
+    """Semantic IDs of items of one shard, (M, I), and whether the first append registered the item, (M,)."""
     link = night.run.as_manifest([*(segments_of(head) if head is not None else []), *segment])
     codes_MI = np.full((len(item_id), len(night.level_sizes)), -1, np.int16)
     first_M = np.zeros(len(item_id), bool)
@@ -456,7 +459,7 @@ def _overlapping(link: Manifest, shard: int, num_shards: int) -> list[FileEntry]
 
 
 def _overlap(shard: int, num_shards: int, entry: FileEntry) -> bool:
-    """May the shard and a file of the registry, maybe written with other shards, hold the same item?"""
+    """True if a shard and a file of the registry, which may have another number of shards, can hold the same item."""
     first, shards = entry.fact("shard"), entry.fact("shards")
     return shard * shards < (first + 1) * num_shards and first * num_shards < (shard + 1) * shards
 

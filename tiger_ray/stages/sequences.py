@@ -1,8 +1,8 @@
 """Events -> one history per user, by a keyed shuffle.
 
-Item ids become int32 item_index before the shuffle and a user's events are cut to the most recent
-`sequences.max_events` on both sides of it, so neither long ids nor one busy bot travel through it. A user
-whose events all name unknown items still gets a row, with an empty history.
+Item ids become int32 item_index before the shuffle, and a user's events are cut to the most recent
+`sequences.max_events` before and after the shuffle. So the shuffle moves neither long ids nor all events of a busy
+bot. A user whose events all name unknown items gets a row with an empty history.
 
 E events.
 """
@@ -24,7 +24,7 @@ from tiger_ray.artifacts.manifest import FileEntry, Manifest
 from tiger_ray.artifacts.metadata import EventsMetadata, SemanticIdsMetadata
 from tiger_ray.artifacts.run import Run
 from tiger_ray.artifacts.storage import Storage
-from tiger_ray.cluster.reading import blamed, read_events
+from tiger_ray.cluster.reading import name_bad_file, read_events
 from tiger_ray.cluster.shards import plain_errors, write_partitions
 from tiger_ray.core.hashing import stable_hash
 from tiger_ray.data.events import ticks_at, wanted_columns
@@ -48,18 +48,18 @@ def _compute(run: Run, context: Context) -> Computed:
     events, semantic_ids = context.inputs["events"], context.inputs["semantic_ids"]
     counted = EventsMetadata.of(events)
     files = counted.files
-    # 20 bytes or so per item, shared by all tasks of a node: a broadcast beats a join.
+    # About 20 bytes per item, shared by all tasks of a node: a broadcast is faster than a join.
     items = ray.remote(_item_table).remote(storage, semantic_ids, settings.events.ties, settings.seed)
     chosen = settings.sequences
     moments = _moments(chosen, counted.timestamp_unit)
-    with blamed(files, settings.events.uri, wanted_columns(settings.events).values()):
+    with name_bad_file(files, settings.events.uri, wanted_columns(settings.events).values()):
         shuffled = read_events(files, settings.events).map_batches(
             lambda batch: prepare_events(batch, settings.events, settings.sequences, ray.get(items)),
             batch_size=None,
             batch_format="pyarrow",
         )
         entries = write_partitions(
-            shuffled, _Finish(run, chosen.max_events, moments), num_shards=chosen.num_shards
+            shuffled, _WriteShard(run, chosen.max_events, moments), num_shards=chosen.num_shards
         )
     users = sum(entry.rows for entry in entries)
     facts: dict[str, Any] = {name: sum(entry.fact(name) for entry in entries) for name in entries[0].facts}
@@ -84,7 +84,7 @@ def _compute(run: Run, context: Context) -> Computed:
 
 
 def _moments(settings: SequencesSettings, unit: str) -> tuple[int, int] | None:
-    """The first ticks of the validation and the test period, if a time split is set."""
+    """The first ticks of the validation and the test period; None without a time split."""
     if settings.validation_from is None or settings.test_from is None:
         return None
     return ticks_at(settings.validation_from, unit), ticks_at(settings.test_from, unit)
@@ -102,8 +102,8 @@ def _item_table(storage: Storage, semantic_ids: Manifest, ties: str, seed: int) 
     return pa.table({"item_id": item_id, "tie": tie})
 
 
-class _Finish:
-    """Group and write one shard of users."""
+class _WriteShard:
+    """Groups and writes one shard of users."""
 
     def __init__(self, run: Run, max_events: int, moments: tuple[int, int] | None) -> None:
         self._run, self._max_events, self._moments = run, max_events, moments
@@ -164,5 +164,5 @@ STAGE = Stage(
 """Publishes `sequences`: user shards and `popularity.parquet`.
 
 Raises:
-    DataError: a time split is set, and no user has an event to be tested on.
+    DataError: a time split is set, and no user has a test event.
 """
