@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATE ?= 2026-11-23
 export RAY_AUTH_MODE ?= disabled
-# Hundreds of processes import the same modules, and without a cache on disk each compiles them again.
+# Keep the bytecode cache: hundreds of processes import the same modules, and each would compile them again.
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-cluster test-ray test-unit unit lint results clean
@@ -14,7 +14,7 @@ demo: demo/data/plant.json
 demo/data/plant.json: .venv/base
 	$(BIN)/python jobs/synthesize.py --out demo/data --items 800 --users 4000 --seed 7
 
-# Two parts at a time, the longest first: with three clusters of Ray on two cores, one may not start within its time.
+# Two parts at a time, the longest first: of three Ray clusters on two cores, one may miss its start timeout.
 test:
 	$(MAKE) --no-print-directory --output-sync=target -j2 test-cluster lint test-ray test-unit
 
@@ -25,7 +25,7 @@ test-ray: .venv/test
 	$(BIN)/python -m pytest -m "ray and not serve" --durations 30
 	$(BIN)/python -m pytest -m serve
 
-# Tiny tensors: a second thread costs more than it brings.
+# One thread: with tiny tensors a second thread costs more time than it saves.
 test-unit: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not ray and not cluster"
 
@@ -37,7 +37,7 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The model and its rivals on the sets of Amazon, and one table of all. Hours; finished stages are skipped.
+# Compare the model with its rivals on the Amazon data sets in one table. Takes hours; finished stages are skipped.
 # MODEL: settings of the nights besides jobs/amazon.yaml, such as another budget, "--training.num_steps 100000".
 results: .venv/studies
 	$(BIN)/python jobs/studies/run.py jobs/studies/amazon.yaml --data "$(TIGER_DATA)" -- $(MODEL)
@@ -45,7 +45,7 @@ results: .venv/studies
 clean:
 	rm -rf demo .venv
 
-# torch first and by its exact version: without that pip may take a build with gigabytes of CUDA.
+# Install torch first and by its exact version: otherwise pip may take a build with gigabytes of CUDA.
 .venv/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"

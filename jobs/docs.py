@@ -2,8 +2,8 @@
 
     python jobs/docs.py
 
-A page that is wholly generated is written anew. On other pages the text between `<!-- NAME -->` and
-`<!-- /NAME -->` is written anew. `tests/repository/test_docs.py` fails while a page is stale.
+A generated page is replaced as a whole. On other pages the text between `<!-- NAME -->` and `<!-- /NAME -->` is
+replaced. `tests/repository/test_docs.py` fails while a page is stale.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def pages() -> dict[Path, str]:
-    """Every page that is generated, with the text that it should have."""
+    """Every generated page, with the text that the code gives."""
     architecture = (DOCS / "architecture.md").read_text(encoding="utf-8")
     for name, text in (("night", night()), ("stages", stages()), ("rooms", rooms()), ("imports", imports())):
         architecture = between(architecture, name, text)
@@ -162,20 +162,20 @@ def limits_of(metadata: Any) -> Iterator[str]:
 # Artifacts
 
 ID = pa.large_string()
-"""Stands for the type of an id, which is that of the input."""
+"""Stands for the type of an id, which is the type of the input."""
 
 COLUMNS = {
     "item_id": "id of the item, as in the catalog",
     "title": "name of the item, for people; null where the catalog has none",
-    "text": "what the encoder reads; may be empty",
+    "text": "text that the encoder reads; may be empty",
     "category": "category of the item; null where the catalog has none",
-    "available": "may the item be recommended tonight?",
+    "available": "true if the item may be recommended tonight",
     "vector": "the catalog's own embedding, if `catalog.vector` names one",
     "embedding": "embedding of the text",
     "text_hash": "hash of the text, which finds changed texts",
     "item_index": "number of the item in the registry, from 0; never given to another item",
     "codes": "the Semantic ID: a codeword per level, the disambiguator last",
-    "eligible": "row n: may item_index n be recommended tonight?",
+    "eligible": "row n: true if item_index n may be recommended tonight",
     "user_id": "id of the user, as in the events",
     "user_hash": "hash of the user id, which decides the shard",
     "history": "item_index of each event, oldest first; may be empty",
@@ -186,8 +186,8 @@ COLUMNS = {
     "training_events_time": "events that the time split lets training see, if its moments are set",
     "target": "item_index of the held-out event",
     "history_length": "events that the ranker was given",
-    "target_in_history": "is the target an item of the history?",
-    "popularity_rank": "rank of the target by popularity, 1 is first; one more than there are places if it is not there",
+    "target_in_history": "true if the target is an item of the history",
+    "popularity_rank": "rank of the target by popularity, 1 is first; number of places + 1 if the target is not among the most popular",
     "items": "item_index of the ranked items, best first, -1 after the last",
     "item_ids": "recommended items, best first; each in tonight's catalog and available",
     "scores": "natural log probability of a generated item; log share of all events of a fallback item; never increasing",
@@ -201,7 +201,7 @@ COLUMNS = {
     "model_version": "run of the model",
     "semantic_ids_version": "run of the registry",
 }
-"""What each column of a published table holds."""
+"""Meaning of each column of a published table."""
 
 SEGMENT = segment_of(0, pa.array(["id"], ID), np.zeros((1, 3), np.int16), np.zeros(1, np.int16)).schema
 
@@ -353,7 +353,7 @@ def json_type(annotation: Any) -> str:
 
 
 def arrow_type(kind: pa.DataType) -> str:
-    """The type in words; widths that a setting decides are left out."""
+    """The type in words, without widths that a setting decides."""
     if pa.types.is_fixed_size_list(kind):
         return f"fixed-size list of {arrow_type(kind.value_type)}"
     if pa.types.is_list(kind):
@@ -365,7 +365,7 @@ def arrow_type(kind: pa.DataType) -> str:
 
 
 def night() -> str:
-    """The pipeline as a picture: who reads what."""
+    """The pipeline as a picture: which stage reads which artifact."""
     lines = ["```mermaid", "flowchart LR"]
     lines += ["    your_items[(your items)] --> catalog", "    your_events[(your events)] --> events"]
     for stage in NIGHT:
@@ -418,7 +418,7 @@ def heights(imported: dict[str, set[str]]) -> dict[str, int]:
 
 
 def rooms() -> str:
-    """The rooms as a picture: an arrow is an import that follows from no other arrows."""
+    """The rooms as a picture; imports that follow from other arrows are left out."""
     imported = own_imports()
     height = heights(imported)
     reached: dict[str, set[str]] = {}

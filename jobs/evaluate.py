@@ -1,4 +1,4 @@
-"""Model -> Recall, NDCG and what it shows, beside popularity, for one night.
+"""Model -> recall, NDCG and exposure, beside popularity, for one night.
 
 python jobs/evaluate.py --config jobs/nightly.yaml --date 2026-11-23
 """

@@ -3,8 +3,8 @@
     python jobs/nightly.py --config jobs/nightly.yaml --date 2026-11-23
     ray job submit --working-dir . -- python jobs/nightly.py --config jobs/nightly.yaml --date 2026-11-23
 
-Stages whose inputs and settings are already published are skipped; after a crash the same command goes on
-where the last one ended. Exit codes: 0 published, 2 settings, 3 input, 4 quality gate, 5 the date is taken,
+Stages that are already published from the same inputs and settings are skipped; after a crash the same command
+continues where the last one ended. Exit codes: 0 published, 2 settings, 3 input, 4 quality gate, 5 the date is taken,
 6 storage or cluster, 7 commit unknown (run again), 130 interrupted.
 """
 

@@ -1,4 +1,4 @@
-"""Users -> top-K items in Parquet, for one night; run again after a crash, it scores what is missing.
+"""Users -> top-K items in Parquet, for one night; after a crash the same command scores only the missing files.
 
 python jobs/recommend.py --config jobs/nightly.yaml --date 2026-11-23
 """

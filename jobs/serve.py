@@ -2,7 +2,7 @@
 
     python jobs/serve.py --config jobs/nightly.yaml --date 2026-11-23 --serving.host 0.0.0.0
 
-It authenticates nobody: listen on a private network, or behind a gateway that does.
+The endpoint has no authentication: run it on a private network, or behind a gateway that authenticates.
 """
 
 import sys

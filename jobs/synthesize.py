@@ -1,4 +1,4 @@
-"""Write a planted world to try the pipeline on: a catalog, events, and the best recall anybody can reach.
+"""Write a planted world to try the pipeline on: a catalog, events, and the best recall that any model can reach.
 
 python jobs/synthesize.py --out demo/data --items 800 --users 4000 --seed 7
 """

@@ -1,4 +1,4 @@
-"""Histories -> model, for one night; run again after a crash, it resumes.
+"""Histories -> model, for one night; after a crash the same command resumes.
 
 python jobs/train_model.py --config jobs/nightly.yaml --date 2026-11-23
 """

@@ -1,10 +1,10 @@
-"""How fast decoding is: beside Hugging Face and CTranslate2, the processor's limit, and the job around it.
+"""Measure the speed of decoding, beside Hugging Face, CTranslate2, the processor's limit and the whole scoring job.
 
     python jobs/benchmarks/decode.py --beauty "$TIGER_DATA/beauty" --json decode.json
     python jobs/benchmarks/decode.py --only trie,constraint
 
-A model of the paper's size with the weights that training begins with, and 12,101 planted items. What is
-compared runs in one process, in turns, on the same users; rates are users per second on all cores. Needs the
+A model of the paper's size with the weights that training begins with, and 12,101 planted items. All
+sides run in one process, in turns, on the same users; rates are users per second on all cores. Needs the
 extra `studies`. With `--model FOLDER`, a trained model is compared in both precisions too: `model.safetensors`,
 `config.json`, and `ids.npz` with codes_NI, eligible_N, and of all users item_index, lengths, target.
 """
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of a trained model, for the part precision")
     words = parser.parse_args()
     chosen = chosen_parts(parser, words, parts)
-    keep_freed_memory()  # before any thread has memory of its own, as in a worker of the job
+    keep_freed_memory()  # before any thread allocates memory, as in a worker of the job
     torch.set_num_threads(CORES)
     claims = Claims()
     claims.settings |= {"rounds": ROUNDS, "threads": CORES, "torch": torch.__config__.show()}
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def recommend(decoder: Decoder, users: Users) -> Callable[[], Any]:
-    """A run over all these users that fills the beam."""
+    """A function that recommends a full beam of items to all these users."""
     return lambda: decoder.recommend(*users, None, decoder.settings.beam_width)
 
 
@@ -147,7 +147,7 @@ def measure_ctranslate2(claims: Claims, words: Any) -> None:
 
 
 def require_right(rival: Any) -> np.ndarray:
-    """Tokens and scores of CTranslate2 are those of Hugging Face without a constraint; returns the tokens."""
+    """Require tokens and scores of CTranslate2 to equal those of Hugging Face without a constraint; return the tokens."""
     from rivals import HuggingFace
 
     users = full_users(32)
@@ -160,7 +160,7 @@ def require_right(rival: Any) -> np.ndarray:
 
 
 def add_ratios(claims: Claims, rival: str, suffix: str, rates: dict[str, list[float]], target: str) -> None:
-    """Ours in fp32 over theirs in fp32, and the best of ours over the best of theirs."""
+    """Add our fp32 rate over theirs, and our best rate over their best rate."""
     for side, rate in rates.items():
         claims.add(f"{rival}_users_per_s_{suffix}_{side}", rate, "users/s")
     ours, theirs = (
@@ -200,7 +200,7 @@ def measure_peak(claims: Claims, _: Any) -> None:
 
 
 def operations_per_user(model: TigerModel, history_tokens: int, beam_width: int) -> float:
-    """Multiplications and additions that the model asks for, whatever shortcuts are taken.
+    """Multiplications and additions that the model needs without shortcuts of an implementation.
 
     Encoder over the history; keys and values of the history once per layer; then one token at the first
     level and one per beam at each other, with logits of the whole vocabulary.
@@ -286,14 +286,14 @@ def measure_constraint(claims: Claims, _: Any) -> None:
 
 
 def unmasked_decoder(decoder: Decoder) -> Decoder:
-    """The same decoder with every codeword allowed everywhere; what it finds are no items."""
+    """The same decoder with every codeword allowed everywhere; so its results need not be items."""
     free = copy.copy(decoder)
     free.trie = EveryPath(decoder.model.vocabulary.level_sizes)
     return free
 
 
 class EveryPath:
-    """What beam search asks of a trie, for all possible Semantic IDs."""
+    """A trie of all possible Semantic IDs, with the attributes that beam search reads."""
 
     def __init__(self, level_sizes: tuple[int, ...]) -> None:
         self.edges = [EveryEdge(size, math.prod(level_sizes[: n + 1])) for n, size in enumerate(level_sizes)]
@@ -334,13 +334,13 @@ def measure_trie(claims: Claims, _: Any, repeats: int = 3) -> None:
 
 
 def build_trie(file: str) -> tuple[float, int, int]:
-    """Seconds, most memory beyond that of the codes, and bytes of a trie."""
+    """Build a trie; return seconds, peak memory beyond that of the codes, and bytes of the trie."""
     torch.set_num_threads(CORES)
     codes_NI = np.load(file)
     eligible_N = np.ones(len(codes_NI), bool)
     Trie.build(codes_NI[:1000], eligible_N[:1000])
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
     before, start = memory_bytes("VmRSS"), time.perf_counter()
     trie = Trie.build(codes_NI, eligible_N)
     return time.perf_counter() - start, memory_bytes("VmHWM") - before, stored_bytes(trie)
@@ -353,7 +353,7 @@ def memory_bytes(field: str) -> int:
 
 
 def stored_bytes(thing: Any) -> int:
-    """Bytes of all arrays in it; what two of them share counts once."""
+    """Bytes of all arrays inside an object; memory that arrays share counts once."""
 
     def buffers(value: Any) -> Iterator[tuple[int, int]]:
         if isinstance(value, torch.Tensor):
@@ -372,7 +372,7 @@ def stored_bytes(thing: Any) -> int:
 
 
 def in_fresh_process(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What `work` returns in a process that has done nothing else."""
+    """The result of `work` in a new process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(work, arguments)
 
@@ -381,7 +381,7 @@ def in_fresh_process(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def measure_job(claims: Claims, words: Any) -> None:
-    """The scoring stage three times, and bare decoders of one thread on each core before and after each."""
+    """Run the scoring stage three times; before and after each run, run bare decoders with one thread per core."""
     from scoring import bare_users_per_s, job_users_per_s
 
     users = beauty_users(20_000, words.beauty)

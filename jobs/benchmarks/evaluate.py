@@ -1,4 +1,4 @@
-"""How long the evaluation takes once the lists are there: the users of Amazon Beauty, and a million in shards.
+"""Measure the time of an evaluation of finished lists: the users of Amazon Beauty, and a million users in shards.
 
     python jobs/benchmarks/evaluate.py --json evaluate.json
 
@@ -30,7 +30,7 @@ CHECKED = 500
 
 
 class Shard(NamedTuple):
-    """Users: lists of two rankers, targets, histories."""
+    """Users of a shard: lists of two rankers, targets, histories."""
 
     found_BP: np.ndarray
     other_BP: np.ndarray
@@ -40,7 +40,7 @@ class Shard(NamedTuple):
 
 
 class Items(NamedTuple):
-    """What is known of each item."""
+    """Facts of each item."""
 
     eligible_N: np.ndarray
     category_N: np.ndarray
@@ -49,7 +49,7 @@ class Items(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """What a worker counts of a shard."""
+    """Counts that a worker makes of a shard."""
 
     by_length_GC: np.ndarray
     by_popularity_GC: np.ndarray
@@ -73,7 +73,7 @@ def main() -> None:
     few, many = list[Seconds](), list[Seconds]()
     for number in range(ROUNDS + 1):
         spent = seconds_of([shard], items)
-        if number:  # the first time is lost
+        if number:  # the first run only warms up
             few.append(spent)
             seeds = range(MANY_USERS // USERS_PER_SHARD)
             many.append(seconds_of((planted_shard(USERS_PER_SHARD, items, seed) for seed in seeds), items))
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 class Seconds(NamedTuple):
-    """By the clock, and what the processor spent on each part."""
+    """Wall-clock seconds, and processor seconds of each part."""
 
     whole: float
     cpu_counting: float
@@ -98,7 +98,7 @@ class Seconds(NamedTuple):
 
 
 def seconds_of(shards: Iterable[Shard], items: Items) -> Seconds:
-    """Time spent on counting and adding up shards, and on the report; shards are planted meanwhile, for free."""
+    """Time of counting and adding up shards, and of the report; the time of planting shards is left out."""
     total, whole, cpu_counting = None, 0.0, 0.0
     for shard in shards:
         start, cpu = time.perf_counter(), time.process_time()
@@ -127,7 +127,7 @@ def count(shard: Shard, items: Items) -> Counts:
 
 
 def report(counts: Counts, items: Items) -> dict[str, Any]:
-    """Everything that follows from the counts."""
+    """All metrics that follow from the counts."""
     rankers = [counts.joint_CC.sum(axis=1), counts.joint_CC.sum(axis=0)]
     return {
         "metrics": [evaluation.metrics(count_C, KS) for count_C in rankers],
@@ -232,7 +232,7 @@ def require_right(shard: Shard, items: Items) -> None:
 
 
 def by_loop(lists: list[list[int]], items: Items) -> dict[str, float]:
-    """What `Exposure.metrics` says of these lists."""
+    """The values of `Exposure.metrics` for these lists, computed by loops."""
     shown, entropy = Counter[int](), 0.0
     for row in lists:
         shown.update({item for item in row if items.eligible_N[item]})

@@ -1,4 +1,4 @@
-"""What a GPU makes of decoding and training: the same answers, how fast, and how good after the paper's budget.
+"""Measure decoding and training on a GPU: equality with the CPU, speed, and quality after the paper's budget.
 
     python jobs/benchmarks/gpu.py --json gpu.json
     python jobs/benchmarks/gpu.py --only quality --world beauty.npz --seeds 3 --steps 20000 --json quality.json
@@ -40,7 +40,7 @@ from tiger_ray.settings.training import TrainingSettings
 from tiger_ray.training.checkpoints import Progress
 from tiger_ray.training.collate import tiger_collate, tokens_of
 from tiger_ray.training.examples import Examples
-from tiger_ray.training.log import TrainingLog, measured_peak
+from tiger_ray.training.log import TrainingLog, peak_operations_per_s
 from tiger_ray.training.loop import BATCH_TOKENS, fit, make_optimizer
 from tiger_ray.training.validation import Validation
 
@@ -95,8 +95,7 @@ def seconds_of(work: Any, device: torch.device) -> float:
 
 
 def measure_answers(claims: Claims, words: Any) -> None:
-    """In fp32 the device finds the items of the CPU in their order, in bf16 nearly all of them; and its gradients
-    are those of the CPU, in bf16 nearly."""
+    """Compare items and gradients with those of the CPU: equal in fp32, nearly equal in bf16."""
     users = full_users(16 if words.small else 512)
     there = planted_decoder(20, "fp32", device=words.device)
     for exclude in (False, True):
@@ -118,7 +117,7 @@ def measure_answers(claims: Claims, words: Any) -> None:
 
 
 def gradients(precision: str, device: torch.device) -> dict[str, torch.Tensor]:
-    """Of each weight, flat, on a few examples without dropout."""
+    """Flat gradient of each weight, on a few examples without dropout."""
     model = TigerModel.from_files(planted_model().to_files()).to(device)
     (batch,) = next(beauty_examples(None).batches(16, id_length=model.vocabulary.id_length))
     history_BT, target_BI = tokens_of(batch, planted_codes(), model.vocabulary)
@@ -172,7 +171,7 @@ def measure_training(claims: Claims, words: Any) -> None:
         settings = TrainingSettings(global_batch_size=16 if words.small else batch, num_steps=steps * ROUNDS)
         model = TigerModel.from_files(planted_model().to_files()).to(words.device).train()
         seen: list[dict[str, float]] = []
-        peak = measured_peak(words.device, torch.bfloat16)
+        peak = peak_operations_per_s(words.device, torch.bfloat16)
         log = TrainingLog(
             steps, settings.num_steps, words.device, peak, [lambda _, values, seen=seen: seen.append(values)]
         )
@@ -208,13 +207,13 @@ class World:
 
     @classmethod
     def read(cls, file: Path) -> World:
-        """What `export` wrote."""
+        """Read a world that `export` wrote."""
         there = np.load(file)
         arrays = [there[name] for name in ("item_E", "lengths_U", "user_hash_U", "codes_NI", "eligible_N")]
         return cls(*arrays, tuple(there["level_sizes"].tolist()))
 
-    def before(self, held_out: int, chosen_U: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Histories without the last so many events, their lengths, and the first event left out."""
+    def hold_out(self, held_out: int, chosen_U: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Histories without the last `held_out` events, their lengths, and the first held-out event."""
         first_U = np.cumsum(self.lengths_U) - self.lengths_U
         lengths_U = (self.lengths_U - held_out)[chosen_U]
         places = ranges(first_U[chosen_U], lengths_U)
@@ -264,28 +263,28 @@ def measure_quality(claims: Claims, words: Any) -> None:
     found: dict[str, list[float]] = {}
     for seed in range(words.seeds):
         start = time.perf_counter()
-        model, curve = trained(world, settings, seed, words.device)
+        model, curve = train_best(world, settings, seed, words.device)
         curves.append(curve)
         minutes = (time.perf_counter() - start) / 60
-        for name, value in {**tested(world, model, words), "training_minutes": minutes}.items():
+        for name, value in {**measure_ranking(world, model, words), "training_minutes": minutes}.items():
             found.setdefault(name, []).append(value)
     for name, values in found.items():
         claims.add(f"test_{name}", values, f"of {words.seeds} seeds, beam {words.beam}")
     claims.settings["curves"] = curves
 
 
-def trained(
+def train_best(
     world: World, settings: TrainingSettings, seed: int, device: torch.device
 ) -> tuple[TigerModel, list[dict[str, float]]]:
-    """The checkpoint that did best in validation, and the curve."""
+    """Train; return the checkpoint that was best in validation, and the curve."""
     torch.manual_seed(seed)
     model = TigerModel(ModelSettings(), Vocabulary(world.level_sizes)).to(device)
     everybody = np.arange(len(world.lengths_U))
-    seen, lengths_U, _ = world.before(HELD_OUT, everybody)
+    seen, lengths_U, _ = world.hold_out(HELD_OUT, everybody)
     max_history = model.settings.max_history
     examples = Examples.of(seen, lengths_U, world.user_hash_U, max_history=max_history, seed=seed)
     some = np.random.default_rng(0).permutation(everybody)[: settings.validation_users]
-    read, read_B, target_B = world.before(HELD_OUT, some)
+    read, read_B, target_B = world.hold_out(HELD_OUT, some)
     make_ranker = partial(
         TigerRanker,
         codes_NI=world.codes_NI,
@@ -294,7 +293,7 @@ def trained(
     )
     validation = Validation(Histories(read, read_B, world.user_hash_U[some]), target_B, make_ranker)
     progress = Progress()
-    peak = measured_peak(device, torch.bfloat16)
+    peak = peak_operations_per_s(device, torch.bfloat16)
     log = TrainingLog(settings.log_every_steps, settings.num_steps, device, peak, [])
     fit(
         model,
@@ -317,10 +316,10 @@ def trained(
     return model.eval(), progress.curve
 
 
-def tested(world: World, model: TigerModel, words: Any) -> dict[str, float]:
+def measure_ranking(world: World, model: TigerModel, words: Any) -> dict[str, float]:
     """Recall, NDCG and MRR at 5 and 10 over all users."""
     users = np.arange(len(world.lengths_U))[: 200 if words.small else None]
-    items, lengths_B, target_B = world.before(1, users)
+    items, lengths_B, target_B = world.hold_out(1, users)
     settings = DecodingSettings(beam_width=words.beam)
     decoder = Decoder(model, world.codes_NI, world.eligible_N, settings, words.device)
     found_BK, _ = decoder.recommend(items, lengths_B, None, 10)

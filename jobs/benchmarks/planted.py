@@ -1,4 +1,4 @@
-"""The world that decoding and training are measured in: a model of the paper's size, planted Semantic IDs, and histories.
+"""The world of the benchmarks of decoding and training: a model of the paper's size, planted Semantic IDs, and histories.
 
 N items, I id_length, B users, E events of all users.
 """
@@ -23,10 +23,10 @@ from tiger_ray.training.examples import Examples
 
 BEAUTY_ITEMS = 12_101
 DISAMBIGUATORS = 256
-# Users of Amazon Beauty (5-core, 2014) by the length of their test history, 20 standing for all that are longer.
+# Users of Amazon Beauty (5-core, 2014) by the length of their test history, 20 stands for all longer histories.
 BEAUTY_LENGTHS = {4: 7162, 5: 4221, 6: 2680, 7: 1811, 8: 1366, 9: 881, 10: 695, 11: 558, 12: 439, 13: 361}
 BEAUTY_LENGTHS |= {14: 262, 15: 207, 16: 213, 17: 141, 18: 118, 19: 112, 20: 1136}
-BEAUTY_LONGER = 34  # mean of those that 20 stands for; all but 20 items are cut off
+BEAUTY_LONGER = 34  # mean of the lengths that 20 stands for; a model reads the last 20 items
 
 Users = tuple[np.ndarray, np.ndarray]
 """Items of all histories one after the other, (E,) int32, and items per history, (B,) int64."""
@@ -34,7 +34,7 @@ Users = tuple[np.ndarray, np.ndarray]
 
 @cache
 def planted_model(codebook_size: int = 256) -> TigerModel:
-    """The paper's sizes and the weights that training begins with: their logits differ by about 1."""
+    """A model of the paper's sizes with the weights that training begins with; its logits differ by about 1."""
     torch.manual_seed(0)
     sizes = (codebook_size,) * 3 + (DISAMBIGUATORS,)
     return TigerModel(ModelSettings(), Vocabulary(sizes)).eval()
@@ -45,7 +45,7 @@ def planted_codes(num_items: int = BEAUTY_ITEMS, codebook_size: int = 256) -> np
     """Distinct Semantic IDs, (N, I) int16: some pairs of codewords are crowded, and some items near-copies."""
     rng = np.random.default_rng(0)
     crowd = np.exp(rng.normal(size=(codebook_size, 1)) / 2 + rng.normal(size=(codebook_size, codebook_size)))
-    num_own = round(0.86 * num_items)  # what residual k-means reaches on Beauty
+    num_own = round(0.86 * num_items)  # the share that residual k-means reaches on Beauty
     pair = rng.choice(codebook_size**2, num_own, p=(crowd / crowd.sum()).ravel())
     own = pair * codebook_size + rng.integers(codebook_size, size=num_own)
     copied = own[(num_own * rng.random(num_items - num_own) ** 1.5).astype(np.int64)]
@@ -69,7 +69,7 @@ def planted_decoder(
 
 
 def users_of(lengths_B: np.ndarray, num_items: int = BEAUTY_ITEMS) -> Users:
-    """Users with histories of these lengths, of any items."""
+    """Users with histories of these lengths and random items."""
     items = np.random.default_rng(1).integers(num_items, size=lengths_B.sum())
     return items.astype(np.int32), lengths_B.astype(np.int64)
 
@@ -80,7 +80,7 @@ def full_users(count: int, num_items: int = BEAUTY_ITEMS) -> Users:
 
 
 def beauty_users(count: int, folder: Path | None = None) -> Users:
-    """Users with as many items as users of Beauty have before their last one, read from `folder` if given."""
+    """Users with as many items as users of Beauty have before their last one, read from `folder` if one is given."""
     lengths = np.repeat(list(BEAUTY_LENGTHS), list(BEAUTY_LENGTHS.values()))
     if folder is not None:
         lengths = np.minimum(beauty_events(folder) - 1, ModelSettings().max_history)
@@ -104,6 +104,6 @@ def beauty_events(folder: Path) -> np.ndarray:
 
 
 def first(users: Users, count: int) -> Users:
-    """The first so many users."""
+    """The first `count` users."""
     items, lengths_B = users
     return items[: lengths_B[:count].sum()], lengths_B[:count]

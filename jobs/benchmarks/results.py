@@ -1,4 +1,4 @@
-"""The one shape of every benchmark file: hardware, settings, and claims of name, value, unit and spread."""
+"""The format of every benchmark file: hardware, settings, and claims of name, value, unit and spread."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Claims:
         self.settings, self._claims = dict[str, Any](), list[dict[str, Any]]()
 
     def add(self, name: str, values: float | Sequence[float], unit: str, target: str = "") -> float:
-        """Record the median of `values`, with their least and largest as the spread; returns the median."""
+        """Record the median of `values`, with least and largest value as the spread; return the median."""
         several = list(values) if isinstance(values, Sequence) else [values]
         value = statistics.median(several)
         spread = [min(several), max(several)] if len(several) > 1 else None
@@ -30,14 +30,14 @@ class Claims:
         return value
 
     def write(self, file: str | None) -> None:
-        """Write everything to `file`, if one is given."""
+        """Write all claims to `file`, if one is given."""
         if file:
             whole = {"hardware": hardware(), "settings": self.settings, "claims": self._claims}
             Path(file).write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def parser_of(description: str | None, parts: Mapping[str, Any]) -> argparse.ArgumentParser:
-    """Words that every benchmark of several parts understands."""
+    """Parser of the words that every benchmark with several parts has."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -52,7 +52,7 @@ def parser_of(description: str | None, parts: Mapping[str, Any]) -> argparse.Arg
 def chosen_parts(
     parser: argparse.ArgumentParser, words: argparse.Namespace, parts: Mapping[str, Any]
 ) -> list[str]:
-    """Names of `--only`, or all; ends the program at a name that is none."""
+    """Names of `--only`, or all parts; an unknown name ends the program."""
     chosen = words.only.split(",") if words.only else list(parts)
     if unknown := set(chosen) - set(parts):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
@@ -66,7 +66,7 @@ def run_parts(
     given: Any,
     file: str | None,
 ) -> None:
-    """Run `parts[name](claims, given)` one after the other, and write what there is after each."""
+    """Run `parts[name](claims, given)` one after the other, and write all claims after each part."""
     for part in chosen:
         print(f"\n{part}", flush=True)
         start = time.monotonic()
@@ -76,7 +76,7 @@ def run_parts(
 
 
 def hardware() -> dict[str, Any]:
-    """What a reader needs in order to compare: processor, cores, memory, accelerator, versions."""
+    """Facts that a reader needs for comparison: processor, cores, memory, accelerator, versions."""
     import numpy
     import pyarrow
     import torch

@@ -19,7 +19,7 @@ END = "</s>"
 
 
 class HuggingFace:
-    """`generate` with `prefix_allowed_tokens_fn`, which only looks up what was prepared for all prefixes."""
+    """`generate` with `prefix_allowed_tokens_fn`, which only looks up the answers that were prepared for all prefixes."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class HuggingFace:
 
 
 class CTranslate2:
-    """`translate_batch`, not constrained: what it writes need not be an item."""
+    """`translate_batch`, not constrained, so its output need not be an item."""
 
     def __init__(
         self, model: TigerModel, folder: str, kind: str, inter_threads: int, batch_size: int
@@ -88,7 +88,7 @@ class CTranslate2:
             "intra_threads": cores // inter_threads,
         }
         self._translator = ctranslate2.Translator(folder, device="cpu", **how)
-        # Making a translator sets the OpenMP threads of this thread, and so torch's, to intra_threads.
+        # A new translator sets the OpenMP threads of this thread, and so the threads of torch, to intra_threads.
         torch.set_num_threads(cores)
         self.settings = {**how, "batch_size": batch_size}
 
@@ -109,7 +109,7 @@ class CTranslate2:
 
 
 def hugging_face(model: TigerModel, more_tokens: int = 0) -> T5ForConditionalGeneration:
-    """The same weights in `T5ForConditionalGeneration`, and rows of zeros for more tokens."""
+    """The same weights in `T5ForConditionalGeneration`, with rows of zeros for further tokens."""
     settings = model.settings
     theirs = T5ForConditionalGeneration(
         T5Config(
@@ -134,7 +134,7 @@ def hugging_face(model: TigerModel, more_tokens: int = 0) -> T5ForConditionalGen
 
 
 def convert(model: TigerModel, folder: str) -> None:
-    """Write the model as CTranslate2 reads it, with a token for the end, which it asks for."""
+    """Write the model as CTranslate2 reads it, with an end token, which CTranslate2 requires."""
     from ctranslate2.converters.transformers import T5Loader
     from ctranslate2.specs.common_spec import Activation
     from ctranslate2.specs.transformer_spec import (
@@ -144,7 +144,7 @@ def convert(model: TigerModel, folder: str) -> None:
     )
 
     settings, theirs, loader = model.settings, hugging_face(model, more_tokens=1), T5Loader()
-    # Their T5 loader takes the width of a head to be d_model / num_heads, which in the paper's model it is not.
+    # The T5 loader of CTranslate2 assumes heads of width d_model / num_heads; heads of the paper's model are wider.
     options: dict[str, Any] = {
         "num_layers": settings.num_layers,
         "num_heads": settings.num_heads,

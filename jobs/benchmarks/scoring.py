@@ -28,7 +28,7 @@ def shards_of(users: Users) -> list[Users]:
 
 
 def bare_users_per_s(users: Users) -> float:
-    """Decoders of one thread, all at once, each with its share of the shards."""
+    """Users per second of decoders with one thread, all at once, each with a share of the shards."""
     together, answers = SPAWN.Barrier(CORES), SPAWN.Queue()
     processes = [
         SPAWN.Process(target=decode_bare, args=(shards_of(users)[rank::CORES], together, answers))
@@ -54,7 +54,7 @@ def decode_bare(shards: list[Users], together: Any, answers: Any) -> None:
 
 
 def job_users_per_s(root: str, users: Users) -> tuple[float, float]:
-    """Users per second of the whole stage, and from the moment on that every worker has finished a shard."""
+    """Users per second of the whole stage, and the rate after every worker has finished a shard."""
     import ray
 
     from tiger_ray.artifacts.lineage import registry_of
@@ -154,7 +154,7 @@ def table_of(columns: list[Any], schema: pa.Schema) -> pa.Table:
 def publish(
     storage: Any, artifact: str, files: dict[str, Any], metadata: dict[str, Any], inputs: dict[str, str]
 ) -> Any:
-    """Tables and bytes as a published artifact."""
+    """Publish tables and bytes as an artifact."""
     run = storage.begin(artifact, f"planted-{artifact}")
     entries = [
         run.write_file(name, file) if isinstance(file, bytes) else run.write_table(name, file)

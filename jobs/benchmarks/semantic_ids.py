@@ -1,4 +1,4 @@
-"""How good and how large Semantic IDs get: codebooks on Amazon Beauty, assignment on planted millions.
+"""Measure quality and scale of Semantic IDs: codebooks on Amazon Beauty, assignment on planted millions of items.
 
     python jobs/benchmarks/semantic_ids.py --beauty "$TIGER_DATA/beauty" --json semantic_ids.json
     python jobs/benchmarks/semantic_ids.py --sizes 1000000,10000000 --json semantic_ids_scale.json
@@ -107,14 +107,14 @@ def measure_beauty(claims: Claims, folder: Path, kept: str | None) -> None:
         "",
         "<= 1.01",
     )
-    same = together(settings, embedding_ND).encode(embedding_ND) == fitted["residual_kmeans"].encode(
-        embedding_ND
-    )
+    same = fit_in_two_processes(settings, embedding_ND).encode(embedding_ND) == fitted[
+        "residual_kmeans"
+    ].encode(embedding_ND)
     claims.add("two_workers_same_codes", float(same.all(axis=1).mean()), "of items", ">= 0.999")
     short = base.quantizer.model_copy(update={"num_epochs": 50})
     alone_curve, together_curve = list[str](), list[str]()
     quantizers.fit(short, [embedding_ND], seed=0, log=alone_curve.append)
-    together(short, embedding_ND, together_curve)
+    fit_in_two_processes(short, embedding_ND, together_curve)
     curves = np.array([[loss_of(line) for line in curve] for curve in (alone_curve, together_curve)])
     claims.add("two_workers_rqvae_loss_ratio", (curves[1] / curves[0]).tolist(), "", "1, within noise")
 
@@ -122,7 +122,7 @@ def measure_beauty(claims: Claims, folder: Path, kept: str | None) -> None:
 def measure_variants(
     claims: Claims, settings: Any, rqvae: Any, embedding_ND: np.ndarray, category_N: np.ndarray
 ) -> None:
-    """What the choices behind the two learned quantizers are worth."""
+    """Measure what each choice behind the two learned quantizers gains."""
     import torch
 
     from tiger_ray.ids import quantizers
@@ -148,7 +148,7 @@ def measure_variants(
 
 
 def beauty(settings: Settings, folder: Path, kept: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """MiniLM embeddings of all items, (N, D) float32, and the number of each one's category, (N,)."""
+    """MiniLM embeddings of all items, (N, D) float32, and the number of the category of each item, (N,)."""
     from tiger_ray.data import text
     from tiger_ray.ids.encoders import make_encoder
 
@@ -166,7 +166,7 @@ def beauty(settings: Settings, folder: Path, kept: str | None) -> tuple[np.ndarr
 
 
 def report_of(quantizer: Any, embedding_ND: np.ndarray, category_N: np.ndarray) -> dict[str, Any]:
-    """The ID report of all items, as the night writes it."""
+    """The ID report of all items, as a night writes the report."""
     from tiger_ray.ids import report as ids_report
     from tiger_ray.ids import semantic_ids
 
@@ -208,7 +208,7 @@ def faiss_ratios(quantizer: Any, settings: Any, embedding_ND: np.ndarray) -> lis
     return ratios
 
 
-def together(settings: Any, embedding_ND: np.ndarray, lines: list[str] | None = None) -> Any:
+def fit_in_two_processes(settings: Any, embedding_ND: np.ndarray, lines: list[str] | None = None) -> Any:
     """The quantizer that two processes fit, each with half of the items."""
     import torch.multiprocessing
 
@@ -248,7 +248,7 @@ def loss_of(line: str) -> float:
 
 
 def measure_scale(claims: Claims, sizes: list[int], repeats: int, root: str) -> None:
-    """Time and memory of encoding, collisions and registry; memory is the largest private one of any process."""
+    """Time and memory of encoding, collisions and registry; memory is the largest private memory of any process."""
     import ray
 
     from tiger_ray.artifacts.storage import Storage
@@ -264,10 +264,10 @@ def measure_scale(claims: Claims, sizes: list[int], repeats: int, root: str) -> 
     seconds, peaks = dict[int, list[float]](), dict[int, list[float]]()
     for items in sizes:
         night = partial(planted_night, Storage(f"{root}/{items}"), max(1, items // ROWS_PER_SHARD))
-        # The first assignment warms the workers up: processes and imports are not what is measured.
+        # The first assignment warms up the workers, so that the start of processes and imports are not measured.
         for repeat in range(repeats + 1):
-            with watched() as watch:
-                # Another size of the disambiguator is another ID space: everything is assigned anew.
+            with watch_memory() as watch:
+                # Another size of the disambiguator starts a new ID space, so every item is assigned again.
                 result = night(f"2026-01-{1 + repeat:02d}", items, 300 + repeat)
             if repeat:
                 seconds.setdefault(items, []).append(result.seconds)
@@ -307,7 +307,7 @@ def measure_scale(claims: Claims, sizes: list[int], repeats: int, root: str) -> 
 
 
 def planted_night(storage: Any, num_shards: int, date: str, items: int, disambiguator_size: int) -> Any:
-    """Publish the inputs of a night if they are not there yet, and assign its Semantic IDs."""
+    """Publish the inputs of a night if they are missing, and assign the Semantic IDs of the night."""
     from tiger_ray.stages import quantizer, semantic_ids
     from tiger_ray.stages.stage import run_stage
 
@@ -320,15 +320,17 @@ def planted_night(storage: Any, num_shards: int, date: str, items: int, disambig
         semantic_ids={"disambiguator_size": disambiguator_size},
     )
     inputs = {
-        artifact: published(storage, artifact, settings, items, write)
+        artifact: publish_planted(storage, artifact, settings, items, write)
         for artifact, write in (("catalog", write_catalog), ("embeddings", write_embeddings))
     }
     fitted = run_stage(quantizer.STAGE, settings, storage, embeddings=inputs["embeddings"])
     return run_stage(semantic_ids.STAGE, settings, storage, **inputs, quantizer=fitted.manifest)
 
 
-def published(storage: Any, artifact: str, settings: Settings, items: int, write: Callable[..., Any]) -> Any:
-    """The planted artifact of so many items, written by a task per shard on its first date."""
+def publish_planted(
+    storage: Any, artifact: str, settings: Settings, items: int, write: Callable[..., Any]
+) -> Any:
+    """Publish the planted artifact of `items` items; on the first date a task per shard writes the files."""
     import ray
 
     from tiger_ray.cluster.shards import map_numbers
@@ -361,7 +363,7 @@ def shard_ids(num_shards: int, items: int, shard: int) -> np.ndarray:
 
 
 def write_catalog(run: Any, num_shards: int, items: int, shard: int) -> Any:
-    """One shard of the planted catalog."""
+    """Write one shard of the planted catalog."""
     from tiger_ray.artifacts.files import shard_name
 
     ids = shard_ids(num_shards, items, shard)
@@ -371,14 +373,14 @@ def write_catalog(run: Any, num_shards: int, items: int, shard: int) -> Any:
 
 
 def write_embeddings(run: Any, num_shards: int, items: int, shard: int) -> Any:
-    """One shard of the planted embeddings: three levels of 256 codewords, and noise in all dimensions."""
+    """Write one shard of the planted embeddings: three levels of 256 codewords, and noise in all dimensions."""
     from tiger_ray.artifacts.files import shard_name
     from tiger_ray.core.hashing import splitmix64, stable_hash
 
     ids = shard_ids(num_shards, items, shard)
     key = stable_hash(pa.array(ids))
     rng = np.random.default_rng(0)
-    # Few true dimensions, as text embeddings have: otherwise no codebook of this size could tell items apart.
+    # Few true dimensions, as in text embeddings: otherwise no codebook of this size could separate the items.
     codebook_LCD = (rng.normal(size=(3, 256, 12)) @ rng.normal(size=(12, DIM))).astype(np.float32)
     embedding = np.random.default_rng(shard).normal(scale=0.02, size=(len(ids), DIM)).astype(np.float32)
     for level in range(3):
@@ -388,14 +390,14 @@ def write_embeddings(run: Any, num_shards: int, items: int, shard: int) -> Any:
 
 
 class Watch:
-    """The largest private memory that any process of Ray, or this one, has had."""
+    """The largest private memory of this process and all processes of Ray."""
 
     peak_mib = 0.0
 
 
 @contextmanager
-def watched() -> Iterator[Watch]:
-    """Look at all processes five times a second."""
+def watch_memory() -> Iterator[Watch]:
+    """Read the memory of all processes five times per second."""
     watch, done = Watch(), threading.Event()
 
     def look() -> None:
@@ -421,7 +423,7 @@ def _command(pid: int) -> bytes:
 
 
 def private_mib(pid: int) -> float:
-    """Memory that a process has written and shares with none: neither the object store nor mapped files."""
+    """Memory that only this process has written, without the object store and mapped files."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:

@@ -1,12 +1,12 @@
-"""How fast training is: beside Hugging Face, two workers beside two threads, padding, and the share of the peak.
+"""Measure the speed of training: beside Hugging Face, two workers beside two threads, padding, and share of the peak.
 
     python jobs/benchmarks/train.py --beauty "$TIGER_DATA/beauty" --json train.json
     python jobs/benchmarks/train.py --only padding,peak
 
 A model of the paper's size with the weights that training begins with, histories as long as Amazon Beauty's
-of planted items, Adafactor, global batches of 256. What is compared runs in turns on the same examples; rates are
-examples per second on all cores, of one process with all threads or of DDP workers with one thread each, and
-every side gets the better of the two. Needs the extra `studies`.
+of planted items, Adafactor, global batches of 256. All sides run in turns on the same examples; rates are examples
+per second on all cores, of one process with all threads or of DDP workers with one thread each: the better of the
+two for every side. Needs the extra `studies`.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from tiger_ray.settings.training import TrainingSettings
 from tiger_ray.training.checkpoints import Progress
 from tiger_ray.training.collate import tiger_collate, tokens_of
 from tiger_ray.training.examples import BATCHES_PER_GROUP, Batch
-from tiger_ray.training.log import TrainingLog, measured_peak
+from tiger_ray.training.log import TrainingLog, peak_operations_per_s
 from tiger_ray.training.loop import BATCH_TOKENS, fit, learning_rate, make_optimizer
 
 GLOBAL_BATCH = 256
 PADDED = 81  # 20 items of 4 codewords, and a user token or an end, as other implementations have it
-EVERY = 8  # of the batches that are sorted by length together, every so many stand for all
+EVERY = 8  # of the batches that are sorted by length together, every eighth stands for all
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
     parser = parser_of(__doc__, parts)
     words = parser.parse_args()
     chosen = chosen_parts(parser, words, parts)
-    keep_freed_memory()  # before any thread has memory of its own, as in a worker of the job
+    keep_freed_memory()  # before any thread allocates memory, as in a worker of the job
     torch.set_num_threads(CORES)
     claims = Claims()
     claims.settings |= {"rounds": ROUNDS, "threads": CORES, "torch": torch.__config__.show()}
@@ -88,7 +88,7 @@ class Side:
 
 
 class Machine:
-    """Runs sides: in this process, or in workers that wait at their pipes meanwhile."""
+    """Runs sides in this process, or in workers that wait at their pipes for the next side."""
 
     def __init__(self, beauty: Path | None) -> None:
         self.beauty = beauty
@@ -96,22 +96,22 @@ class Machine:
         self._pipes: list[Connection] = []
 
     def run(self, side: Side, num_steps: int = BATCHES_PER_GROUP // EVERY) -> dict[str, float]:
-        """Train for some steps, in order of length; what the training log says of them, if it is ours."""
+        """Train for some steps, in order of length; return the values of the training log, if the side is ours."""
         seen, *_ = self._ask(side.workers, "run", side, num_steps)
         return seen
 
     def peak(self, side: Side) -> float:
-        """Operations per second of matrix products, of all workers at once."""
+        """Operations per second of matrix products on all workers at once."""
         return sum(self._ask(side.workers, "peak", side))
 
     def work(
         self, side: Side, num_steps: int = BATCHES_PER_GROUP // EVERY
     ) -> tuple[float, Callable[[], Any]]:
-        """A side of `alternate`: examples, and how to train on them."""
+        """A side of `alternate`: number of examples, and a function that trains on them."""
         return num_steps * GLOBAL_BATCH, partial(self.run, side, num_steps)
 
     def _ask(self, workers: int, method: str, *arguments: Any) -> list[Any]:
-        """What each worker answers."""
+        """Call a method on each worker and return the answers."""
         if workers == 1:
             return [getattr(self._here, method)(*arguments)]
         self._start_workers()
@@ -135,7 +135,7 @@ class Machine:
 
 
 def serve(pipe: Connection, beauty: Path | None, address: str, rank: int) -> None:
-    """What each DDP worker runs."""
+    """Run the calls from the pipe, in each DDP worker."""
     keep_freed_memory()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=CORES)
@@ -143,13 +143,13 @@ def serve(pipe: Connection, beauty: Path | None, address: str, rank: int) -> Non
     while True:
         try:
             method, *arguments = pipe.recv()
-        except EOFError:  # the benchmark has ended
+        except EOFError:  # the benchmark is over
             return
         pipe.send(getattr(worker, method)(*arguments))
 
 
 class Worker:
-    """Trains models with this process's share of each batch; a model is made when it is first asked for."""
+    """Trains models with this process's share of each batch; the first run of a side makes its model."""
 
     def __init__(self, beauty: Path | None, rank: int = 0, world_size: int = 1) -> None:
         self._rank, self._world_size = rank, world_size
@@ -170,7 +170,7 @@ class Worker:
             world_size=self._world_size,
             batch_tokens=BATCH_TOKENS["cpu"] if side.ours else None,
         )
-        # Middle ones first thinned out: fewer steps stand for all of them too.
+        # Take evenly spaced steps, so that fewer steps stand for all.
         thin = len(self._chosen) // num_steps
         steps = [group[number] for number in self._chosen[thin // 2 :: thin]]
         settings = settings_of(side, len(steps))
@@ -180,7 +180,7 @@ class Worker:
         return {}
 
     def peak(self, side: Side) -> float:
-        return measured_peak(torch.device("cpu"), DTYPES[side.precision])
+        return peak_operations_per_s(torch.device("cpu"), DTYPES[side.precision])
 
     def _make(self, side: Side) -> tuple[nn.Module, torch.optim.Optimizer]:
         model = fresh_model()
@@ -227,7 +227,7 @@ class Worker:
 
 
 def first_group(beauty: Path | None, **share: Any) -> list[list[Batch]]:
-    """The batches that are sorted by length together first, or a worker's share of them."""
+    """The first batches that are sorted by length together, or a worker's share of them."""
     steps = beauty_examples(beauty).batches(
         GLOBAL_BATCH, id_length=planted_model().vocabulary.id_length, **share
     )
@@ -309,9 +309,9 @@ def measure_hugging_face(claims: Claims, machine: Machine) -> None:
 
 
 def require_same_gradients(beauty: Path | None, attention: str) -> None:
-    """Without dropout, loss and gradients of a few examples are those of Hugging Face padded to 81.
+    """Require loss and gradients of a few examples without dropout to equal those of Hugging Face padded to 81.
 
-    Of many examples some input of a ReLU is so close to zero that its slope depends on the rounding.
+    Few examples only: among many, some input of a ReLU is so close to zero that the slope depends on rounding.
     """
     (batch,) = first_group(beauty)[0]
     model = fresh_model().eval()

@@ -1,4 +1,4 @@
-"""Rivals that run in turns, so that what disturbs the machine disturbs all of them."""
+"""Run rivals in turns, so that a disturbance of the machine affects all rivals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROUNDS = 5
 CORES = len(os.sched_getaffinity(0))
 DTYPES = {"fp32": torch.float32}
 if dtype_of("bf16", torch.device("cpu")) is torch.bfloat16:
-    DTYPES["bf16"] = torch.bfloat16  # elsewhere it is emulated, and no side would be at its best
+    DTYPES["bf16"] = torch.bfloat16  # other processors emulate bf16, which would slow down every side
 FASTEST = list(DTYPES)[-1]
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 def alternate(
     sides: Mapping[T, tuple[float, Callable[[], Any]]], rounds: int = ROUNDS
 ) -> dict[T, list[float]]:
-    """Units of work per second of each side, by round; sides are (units, work), and the first round is lost."""
+    """Units of work per second of each side, by round; sides are (units, work), and the first round only warms up."""
     rates: dict[T, list[float]] = {name: [] for name in sides}
     assert torch.get_num_threads() == CORES, "another library has changed the number of torch threads"
     for number in range(rounds + 1):
@@ -36,11 +36,11 @@ def alternate(
 
 
 def ratios(above: list[float], below: list[float]) -> list[float]:
-    """Of two sides, round by round."""
+    """Ratios of the rates of two sides, round by round."""
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
 def fastest(runs: dict[Any, Callable[[], Any]]) -> Any:
-    """Whose run takes least time, the better of two each."""
+    """The rival whose better run of two takes the least time."""
     rates = alternate({rival: (1, run) for rival, run in runs.items()}, rounds=2)
     return max(rates, key=lambda rival: max(rates[rival]))

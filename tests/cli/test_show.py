@@ -160,7 +160,7 @@ def test_an_unknown_user_and_an_unknown_item_exit_3(planted, capsys):
 def test_an_id_that_is_no_number_is_refused_where_ids_are_numbers(tmp_path, capsys):
     planted = Planted(str(tmp_path / "root"), "int64", "wide")
     assert planted.show("user", "mary") == 3
-    assert "user 'mary' is no number, and the user ids of this data are int64" in capsys.readouterr().err
+    assert "user 'mary' is not a number, but the user ids of this data are int64" in capsys.readouterr().err
 
 
 def test_an_item_has_its_semantic_id_neighbours_by_prefix_and_how_often_it_is_recommended(planted, capsys):

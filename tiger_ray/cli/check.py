@@ -1,6 +1,6 @@
-"""`tiger-ray check`: everything a night needs, looked at before the night; one line each, with cause and remedy.
+"""`tiger-ray check`: check everything that a night needs before the night; one line per check, with cause and remedy.
 
-Checks that do not need each other run side by side, and go on after one that failed.
+Independent checks run at the same time, and a failed check does not stop the others.
 """
 
 from __future__ import annotations
@@ -34,19 +34,20 @@ DEADLINE_S = 25.0
 """Seconds after which a check without an answer has failed; the data checks may take longer."""
 
 PROBE_TIMEOUT_S, PROBE_DEADLINE_S = 3.0, 6.0
-"""Of the first request to the store of an input."""
+"""Seconds for one try, and for all tries, of the first request to the store of an input."""
 
 REFUSED_OFFSET_S = 900.0
 """S3 refuses requests that were signed more than 15 minutes before or after its own time."""
 
 WARNED_OFFSET_S = 60.0
+"""Seconds between two clocks above which the check warns."""
 
 FULL_BYTES = 100 * 10**6
 """Free bytes below which a disk counts as full."""
 
 ROOM_PER_INPUT_BYTE, ROOM_BYTES = 4, 10**9
-"""Free bytes that a night should find: so many for each byte of the input, for items, vectors, histories and lists, and
-a gigabyte for the checkpoints of models."""
+"""Free bytes that a night should find: for each byte of the input, for items, vectors, histories and lists; and for the
+checkpoints of models."""
 
 SPILL_SHARE = 0.05
 """Ray writes no objects to a disk of which less than this share is free."""
@@ -55,7 +56,7 @@ SILENT = {
     "ray": "start the cluster, or correct ray.address (RAY_ADDRESS)",
     "": "the store or the disk is overloaded or out of reach: look at both, then check again",
 }
-"""What to do about a check without an answer."""
+"""Remedy for a check without an answer, by name of the check; the empty name is for all others."""
 
 Status = Literal["ok", "warn", "FAILED", "not checked"]
 
@@ -71,23 +72,23 @@ class Line:
 
 
 class Doubt(Exception):
-    """The night can start, and a person should know this."""
+    """The night can start, but a person should know the message."""
 
 
 class NotChecked(Exception):
-    """The check needs what an earlier check did not get."""
+    """The check needs the result of an earlier check that failed."""
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What surrounds the program, replaceable for tests."""
+    """Clock, disks, cluster and GPUs around the program; tests replace them."""
 
     now: Callable[[], float] = time.time
     """Seconds since 1970 by the clock of this machine."""
     disk: Callable[[str], tuple[int, int]] = field(
         default=lambda path: (shutil.disk_usage(path).free, shutil.disk_usage(path).total)
     )
-    """Free and all bytes of the disk that holds a path."""
+    """Free bytes and size in bytes of the disk that holds a path."""
     nodes: Callable[[RaySettings], Cluster] = ask_nodes
     """The running cluster that the settings name."""
     gpus: Callable[[], int] = field(default=lambda: _count_gpus())
@@ -96,7 +97,7 @@ class Surroundings:
 
 @dataclass
 class _Found:
-    """What earlier checks found and later ones read."""
+    """Results of earlier checks that later checks read."""
 
     input_bytes: int = 0
     catalog_id_type: str | None = None
@@ -117,8 +118,8 @@ def check(
 
     Args:
         words: settings.
-        data: read the rows of the inputs too.
-        around: the machine.
+        data: also read the rows of the inputs.
+        around: clock, disks, cluster and GPUs; None: those of this machine.
         deadline_s: seconds after which a check without an answer has failed; not used with `data`.
     """
     lines = run_checks(words, data=data, around=around, deadline_s=deadline_s)
@@ -148,7 +149,11 @@ def run_checks(
 ) -> dict[str, Line]:
     """The result of every check by its name, in the order in which a night would meet them.
 
-    Args: as `check`.
+    Args:
+        words: settings.
+        data: also read the rows of the inputs.
+        around: clock, disks, cluster and GPUs; None: those of this machine.
+        deadline_s: seconds after which a check without an answer has failed; not used with `data`.
     """
     around = around or Surroundings()
     names = ["settings", "encoder", "storage", "clock", "disk", "catalog", "events", "ray", "workers"]
@@ -176,7 +181,7 @@ def run_checks(
             ("catalog rows", lambda: _catalog_rows(settings, found)),
             ("event rows", lambda: _event_rows(settings, found)),
         ]
-    # Daemons, so that a store that never answers cannot keep the process from its end.
+    # Daemon threads, because a store that never answers must not keep the process alive.
     threads = [threading.Thread(target=_run_chain, args=(chain, lines), daemon=True) for chain in chains]
     give_up = time.monotonic() + deadline_s
     for thread in threads:
@@ -219,7 +224,7 @@ def _run_chain(chain: Sequence[tuple[str, Callable[[], str]]], lines: dict[str, 
             status, text = "not checked", str(reason)
         except TigerError as error:
             status, text, code = "FAILED", _one_line(error), error.exit_code
-        except Exception as error:  # a check must not end the others
+        except Exception as error:  # one check must not end the others
             status, text, code = "FAILED", f"not foreseen: {type(error).__name__}: {error}", 1
         lines[name] = Line(status, text, time.monotonic() - started, code)
 
@@ -228,7 +233,7 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-# The checks: each returns what is well, or raises
+# The checks: each returns a text for the table, or raises
 
 
 def _encoder(settings: Settings) -> str:
@@ -292,7 +297,7 @@ def _disk(settings: Settings, found: _Found, around: Surroundings) -> str:
 
 
 def _existing(path: str) -> str:
-    """The path, or the nearest folder above that exists."""
+    """The path if it exists, else the nearest existing folder above."""
     place = Path(path).absolute()
     return str(next(each for each in (place, *place.parents) if each.exists()))
 
@@ -325,7 +330,7 @@ def _events(settings: Settings, found: _Found) -> str:
 
 def _list(uri: str, found: _Found) -> list[InputFile]:
     scheme, path = parse_uri(uri)
-    if scheme == "s3":  # a listing would be patient for a minute
+    if scheme == "s3":  # probe first, because a listing retries for a minute
         store = open_store(f"s3://{path}", PROBE_TIMEOUT_S)
         persist(lambda: store.get(".probe"), PROBE_DEADLINE_S)
     files = list_inputs(uri)
@@ -377,7 +382,7 @@ def _workers(settings: Settings, found: _Found, around: Surroundings) -> str:
     except SettingsError:
         raise Doubt(
             f"the cluster has {_amounts(has)} now, and {asked}. A cluster that grows starts nodes when they are asked for; "
-            "on another one the night would wait for ever: add nodes, or lower num_workers of these sections"
+            "on a cluster of fixed size the night would wait for ever: add nodes, or lower num_workers of these sections"
         ) from None
     return f"{asked}; the cluster has {_amounts(has)}"
 

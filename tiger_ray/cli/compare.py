@@ -24,10 +24,10 @@ def compare(
 
     Args:
         roots: NAME=ROOT or NAME=ROOT@DATE each.
-        date: night of the evaluations whose root names none.
+        date: night of the evaluations, for a root without DATE.
         reference: artifact that is paired with all others, one of `comparison.LABELS`.
         json_file: file for every value; data sets of other names in the file stay.
-        page: Markdown page; what is outside of `BEGIN` and `END` stays, and so do tables of other names.
+        page: Markdown page; text outside of `BEGIN` and `END` stays, and so do tables of other names.
 
     Raises:
         SettingsError: a root or the reference is malformed, or the page has no place for the tables.
@@ -46,7 +46,7 @@ def compare(
         if not root:
             raise SettingsError(f"{pair!r} is not NAME=ROOT or NAME=ROOT@DATE")
         if name in rows:
-            raise SettingsError(f"{name!r} is there twice; add a word, as in {name + ' masked'!r}")
+            raise SettingsError(f"{name!r} is given twice; add a word, as in {name + ' masked'!r}")
         dated = re.fullmatch(r"(.+)@(\d{4}-\d\d-\d\d)", root)
         root, night = dated.groups() if dated else (root, date)
         rows[name] = comparison.rows_of(Storage(root), night, reference)
@@ -54,7 +54,7 @@ def compare(
     for name, ours in rows.items():
         theirs = [comparison.published_row(line) for line in published if line["dataset"] == name.split()[0]]
         tables[name] = comparison.markdown(ours, theirs, reference)
-    print(_joined(tables))
+    print(_join(tables))
     if page is not None:
         _write_between(page, tables)
     if json_file is not None:
@@ -63,8 +63,8 @@ def compare(
         json_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-def _joined(tables: Mapping[str, str]) -> str:
-    """One table below the other, each with its name."""
+def _join(tables: Mapping[str, str]) -> str:
+    """The tables one below the other, each under its name."""
     return "\n\n".join(f"**{name}**\n\n{table}" for name, table in tables.items())
 
 
@@ -73,11 +73,11 @@ def _write_between(page: Path, tables: Mapping[str, str]) -> None:
     before, between, after = _split(page)
     _, *there = re.split(r"^\*\*(.+)\*\*$", between, flags=re.MULTILINE)
     kept = dict(zip(there[::2], map(str.strip, there[1::2]), strict=True))
-    page.write_text(f"{before}{BEGIN}\n\n{_joined(kept | dict(tables))}\n\n{END}{after}", encoding="utf-8")
+    page.write_text(f"{before}{BEGIN}\n\n{_join(kept | dict(tables))}\n\n{END}{after}", encoding="utf-8")
 
 
 def _split(page: Path) -> tuple[str, str, str]:
-    """What is before, between and after the marks of a page."""
+    """The text of a page before, between and after the marks."""
     if not page.exists():
         return "", "", "\n"
     whole = page.read_text(encoding="utf-8")

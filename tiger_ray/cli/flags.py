@@ -13,10 +13,10 @@ PLAIN = ("--config", "--date", "--seed")
 
 
 class SettingsCommand(TyperCommand):
-    """A verb that hands on every flag which is not its own; the verb finds these words in `ctx.args`."""
+    """A verb that takes settings: the flags that are not options of the verb are in `ctx.args`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Take the settings out of the words before typer looks at the rest."""
+        """Take the settings out of the words before typer parses the others."""
         parameters = [
             parameter for parameter in self.get_params(ctx) if parameter.param_type_name == "option"
         ]
@@ -40,7 +40,7 @@ class SettingsCommand(TyperCommand):
 
 
 class AllSettingsCommand(SettingsCommand):
-    """A verb whose help lists every setting, too."""
+    """A verb whose help also lists every setting."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help of the verb, then all settings with default and meaning."""
@@ -61,6 +61,9 @@ def split_words(words: Sequence[str], own: set[str], flags: set[str]) -> tuple[l
         words: of the command line, after the verb.
         own: options of the verb, such as `--data`.
         flags: the options of `own` that take no value.
+
+    >>> split_words(["semantic_ids", "--data", "--seed", "3"], {"--data"}, {"--data"})
+    (['semantic_ids', '--data'], ['--seed', '3'])
     """
     mine: list[str] = []
     settings: list[str] = []

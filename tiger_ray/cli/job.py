@@ -1,4 +1,4 @@
-"""What surrounds every verb: settings, logging, storage check, and the exit code with how to go on."""
+"""Parts of every verb: settings, logging, storage check, and the exit code with how to go on."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ UNFORESEEN = 1
 """Exit code of an error that tiger_ray does not raise on purpose."""
 
 NO_DATE = "0001-01-01"
-"""Date of the settings of a verb that needs none and was given none: before every night."""
+"""Date in the settings of a verb that needs no date and got none; earlier than every night."""
 
 UNREAD = {"date": NO_DATE, "catalog": {"uri": "-"}, "events": {"uri": "-"}}
-"""Values of the settings without default, for a verb that reads `storage` alone."""
+"""Values of the settings without default, for a verb that reads only `storage`."""
 
 
 def run_verb(act: Callable[[], int | None]) -> int:
@@ -78,7 +78,7 @@ def open_night(words: Sequence[str], *, prog: str | None = None) -> tuple[Settin
     from tiger_ray.settings.loading import load_settings
 
     settings = load_settings(words, prog=prog)
-    # Imported here, so that a mistyped setting is answered at once.
+    # Import after the settings are read, so that a mistyped setting is refused at once.
     from tiger_ray.ids import encoders
 
     encoders.check(settings)
@@ -88,7 +88,7 @@ def open_night(words: Sequence[str], *, prog: str | None = None) -> tuple[Settin
 
 
 def open_storage(words: Sequence[str], defaults: Mapping[str, Any] = UNREAD) -> tuple[Settings, Storage]:
-    """The settings of these words, and the store that they name, for a verb that only looks.
+    """The settings of these words, and the store that they name, for a verb that only reads.
 
     Args:
         words: `--config FILE` and `--section.name value`.

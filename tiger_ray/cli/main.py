@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code.
 
     Args:
-        argv: words after the name of the program; none: those of this process.
+        argv: words after the name of the program; None: the words of this process.
     """
     try:
         app(list(sys.argv[1:] if argv is None else argv), prog_name="tiger-ray")
@@ -85,18 +85,18 @@ def run(
     stages: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="STAGE", help="Stages to run; what they read must be published.", show_default="all"
+            metavar="STAGE", help="Stages to run; their inputs must be published.", show_default="all"
         ),
     ] = None,
 ) -> None:
     """Run a night: catalog and events in, Semantic IDs, model, evaluation and one list per user out.
 
-    Writes one artifact per stage below storage.root and publishes each for --date. What is done is never done again: the
+    Writes one artifact per stage below storage.root and publishes each for --date. No finished stage runs again: the
     same command continues where the last one ended.
     """
 
     def act() -> None:
-        chosen = _known(stages or [])
+        chosen = _require_stages(stages or [])
         settings, store = open_night(context.args)
         from tiger_ray.cli.night import run_and_show
 
@@ -105,8 +105,8 @@ def run(
     _end(act)
 
 
-def _known(stages: Sequence[str]) -> Sequence[str]:
-    """The names of stages, or an error that names the nearest one."""
+def _require_stages(stages: Sequence[str]) -> Sequence[str]:
+    """Return the names if all are stages; else raise an error with the nearest stage."""
     if not stages:
         return stages
     from tiger_ray.artifacts.metadata import (
@@ -126,7 +126,7 @@ def plan(context: Context) -> None:
     """Say what a night would do: for each stage, computes, reuses or skips, and which setting, input or format differs.
 
     Shows rows and bytes in, and seconds and memory of the last run. Writes nothing and starts no Ray. The exit code is
-    that of the error with which the night would end, as far as the plan can tell.
+    that of the error with which the night would end, as far as a plan can know.
     """
 
     def act() -> None:
@@ -142,7 +142,7 @@ def plan(context: Context) -> None:
 def check(
     context: Context,
     data: Annotated[
-        bool, typer.Option("--data", help="Read the rows too: nulls, repeated ids, events of unknown items.")
+        bool, typer.Option("--data", help="Also read the rows: nulls, repeated ids, events of unknown items.")
     ] = False,
 ) -> None:
     """Check everything that a night needs, before the night: settings, storage, inputs, Ray, GPUs, disk, clock.
@@ -224,7 +224,7 @@ def compare(
 ) -> None:
     """Compare the evaluations of a night, the model's and those of the baselines, user by user.
 
-    Prints one Markdown table per data set; with --json and --markdown writes values and tables into files, too.
+    Prints one Markdown table per data set; with --json and --markdown also writes values and tables into files.
     """
     from tiger_ray.cli.compare import compare as run_comparison
 
@@ -278,7 +278,7 @@ def synthesize(
     files: Annotated[int, typer.Option(help="Files of the catalog and of the events.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the world and its users.")] = 0,
 ) -> None:
-    """Write a planted world to try everything on: a catalog, events, and the best recall that anybody can reach."""
+    """Write a planted world to try the pipeline on: a catalog, events, and the best recall that any model can reach."""
 
     def act() -> None:
         from tiger_ray.synthetic import world as synthetic
@@ -331,7 +331,7 @@ def storage_rollback(
 ) -> None:
     """Make latest.json of the recommendations name an earlier night, so that readers without a date get that night.
 
-    Writes latest.json alone, by compare-and-swap; deletes nothing. The next night that is published for a later date
+    Writes only latest.json, by compare-and-swap; deletes nothing. The next night that is published for a later date
     becomes the latest again.
     """
     from tiger_ray.cli import storage as kept

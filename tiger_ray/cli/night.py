@@ -1,4 +1,4 @@
-"""Run stages of a night, and show at the end what a reader wants first."""
+"""Run stages of a night, and then show some lists and the metrics."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def run_and_show(settings: Settings, storage: Storage, *names: str) -> None:
     Args:
         settings: of the whole night.
         storage: where artifacts live.
-        names: stages to run; none: all.
+        names: stages to run; empty: all.
 
     Raises:
         TigerError: whatever a stage refuses or fails with.
     """
-    # Imported here, so that a mistyped setting is refused at once.
+    # Import after the settings are read, so that a mistyped setting is refused at once.
     from tiger_ray.report.tables import examples_table, metrics_table
     from tiger_ray.stages.night import run_night
 

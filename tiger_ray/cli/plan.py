@@ -1,4 +1,4 @@
-"""What a night would do: a table of its stages."""
+"""Print the plan of a night as a table of its stages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tiger_ray.cli.tables import readable_bytes, show_table
 if TYPE_CHECKING:
     from tiger_ray.artifacts.storage import Storage
     from tiger_ray.settings.settings import Settings
-    from tiger_ray.stages.plan import Planned
+    from tiger_ray.stages.plan import PlannedStage
 
 COLUMNS = ("stage", "tonight", "rows in", "bytes in", "last run", "memory", "why")
 
@@ -22,7 +22,7 @@ def show_plan(settings: Settings, storage: Storage, console: Console | None = No
     Args:
         settings: of the whole night.
         storage: where artifacts live.
-        console: where to print; none: standard output.
+        console: where to print; None: standard output.
 
     Raises:
         TigerError: the night would end with this error.
@@ -42,7 +42,7 @@ def show_plan(settings: Settings, storage: Storage, console: Console | None = No
             raise one.error
 
 
-def _row(one: Planned) -> tuple[str | None, ...]:
+def _row(one: PlannedStage) -> tuple[str | None, ...]:
     cost = one.last.cost if one.last else {}
     return (
         one.stage.name,
@@ -55,8 +55,8 @@ def _row(one: Planned) -> tuple[str | None, ...]:
     )
 
 
-def _why(one: Planned) -> str:
-    """The reasons, the first few of many; an error is printed in full below the table."""
+def _why(one: PlannedStage) -> str:
+    """The first few reasons; an error is printed in full below the table."""
     if one.error is not None:
         return "see below"
     shown = list(one.why[:4])

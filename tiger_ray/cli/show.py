@@ -1,4 +1,7 @@
-"""`tiger-ray show`: a user, an item or a night, from what is published; reads few files and starts no Ray."""
+"""`tiger-ray show`: a user, an item or a night, from what is published; reads few files and starts no Ray.
+
+N items, I id_length.
+"""
 
 from __future__ import annotations
 
@@ -33,22 +36,22 @@ NUM_EVENTS = 20
 """Most recent events of a user that are shown."""
 
 NUM_NEIGHBOURS = 5
-"""Items shown of each number of shared codes."""
+"""Items shown for each number of shared codes."""
 
 
 @dataclass(frozen=True)
 class _Night:
-    """The store, and the night that is looked at."""
+    """The store, and the date of the night to show."""
 
     storage: Storage
     date: str
 
     def manifest(self, artifact: str) -> Manifest:
-        """What is published of this artifact; ArtifactError if nothing is."""
+        """The published manifest of an artifact; raises ArtifactError if there is none."""
         return self.storage.resolve(artifact, self.date)
 
     def published(self, artifact: str) -> Manifest | None:
-        """What is published of this artifact, if anything."""
+        """The published manifest of an artifact, or None."""
         return self.storage.published(artifact, self.date)
 
 
@@ -73,7 +76,7 @@ def show_user(words: Sequence[str], user: str) -> None:
 
     Raises:
         DataError: the night has no such user.
-        ArtifactError: the night did not get as far as histories.
+        ArtifactError: the night has not published its histories.
     """
     night = _open(words)
     sequences, semantic_ids = night.manifest("sequences"), night.manifest("semantic_ids")
@@ -167,7 +170,7 @@ def _notes(
     unavailable: set[Any],
     slots: Sequence[dict[str, Any]],
 ) -> list[str]:
-    """What was left out of the history or of the list, and why."""
+    """Notes on what was left out of the history or of the list, and why."""
     notes = []
     if not history:
         notes.append("the history is empty: every event of this user names an item that the catalog lacks")
@@ -213,7 +216,7 @@ def show_item(words: Sequence[str], item: str) -> None:
 
     Raises:
         DataError: no such item was ever registered.
-        ArtifactError: the night did not get as far as Semantic IDs.
+        ArtifactError: the night has not published its Semantic IDs.
     """
     night = _open(words)
     semantic_ids, catalog = night.manifest("semantic_ids"), night.published("catalog")
@@ -349,7 +352,7 @@ RUN_COLUMNS = (
 
 
 def _run_row(manifest: Manifest, record: Record | None) -> tuple[object, ...]:
-    """One artifact; without a record, what the manifest alone says."""
+    """The row of one artifact; without a record, only values of the manifest."""
     written = readable_bytes(sum(entry.bytes for entry in manifest.files))
     rows, run, what = f"{manifest.rows:,}", manifest.run_id[:8], manifest.metadata.get("summary")
     if record is None or record.run_id != manifest.run_id:
@@ -365,13 +368,15 @@ def _run_row(manifest: Manifest, record: Record | None) -> tuple[object, ...]:
 
 
 def _id_of(text: str, id_type: str, what: str) -> Any:
-    """An id as it is in the data: a number where ids are int64."""
+    """An id in the type of the data: a number if ids are int64."""
     if id_type != "int64":
         return text
     try:
         return int(text)
     except ValueError:
-        raise DataError(f"{what} {text!r} is no number, and the {what} ids of this data are int64") from None
+        raise DataError(
+            f"{what} {text!r} is not a number, but the {what} ids of this data are int64"
+        ) from None
 
 
 def _equals(column: pa.ChunkedArray | pa.Array, value: Any) -> Any:

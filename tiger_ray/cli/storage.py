@@ -1,4 +1,4 @@
-"""`tiger-ray storage`: what lies below the root, whether the files are whole, and the latest date set back."""
+"""`tiger-ray storage`: list the artifacts below the root, verify their files, set the latest date back."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def verify_artifacts(words: Sequence[str], artifact: str | None, *, digests: boo
 
     Args:
         words: settings.
-        artifact: only this one; none: all of them.
-        digests: read every file and compare its SHA-256 too.
+        artifact: name of the only artifact to verify; None: all.
+        digests: also read every file and compare its SHA-256.
 
     Raises:
         ArtifactError: a file or a manifest is damaged; names the first ten.
@@ -66,7 +66,7 @@ def roll_back(words: Sequence[str], date: str, artifact: str) -> None:
     Args:
         words: settings.
         date: night, YYYY-MM-DD, for which the artifact is published.
-        artifact: its name.
+        artifact: name of the artifact.
 
     Raises:
         ArtifactError: nothing whole is published for this date.

@@ -28,11 +28,11 @@ def show_table(
     """Print one table.
 
     Args:
-        title: line above the table; empty: none.
+        title: line above the table; empty: no line.
         columns: headings.
-        rows: one value per column; None prints as nothing.
+        rows: one value per column; None prints as an empty cell.
         right: headings of columns that are aligned on the right, such as numbers.
-        console: where to print; none: standard output.
+        console: where to print; None: standard output.
     """
     console = console or Console(highlight=False)
     aligned = set(right)
