@@ -187,7 +187,8 @@ def test_a_night_much_worse_than_the_last_published_one_is_refused(night):
     drop = night.settings.evaluation.max_drop
 
     def at(share):
-        model = {name: value * share for name, value in metadata["model"].items()}
+        users = {"users": metadata["model"]["users"]}
+        model = {name: value * share for name, value in metadata["model"].items()} | users
         return night["evaluation"].model_copy(update={"metadata": {**metadata, "model": model}})
 
     require_gate(night.settings, night.storage, at(1 - drop + 0.01))
