@@ -20,7 +20,12 @@ _READ_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Holding:
-    """One artifact below a root."""
+    """One artifact below a root.
+
+    >>> held = Holding("catalog", ("2026-11-23",), runs=1, files=1, bytes=9, sizes={"_runs/5e3f/shard-00000.parquet": 9})
+    >>> held.dates[-1]
+    '2026-11-23'
+    """
 
     artifact: str
     dates: tuple[str, ...]

@@ -264,7 +264,12 @@ class Metrics(BaseModel):
 
 
 class Protocol(BaseModel):
-    """How a ranker was evaluated; evaluations of one protocol can be compared. A ranker may add fields of its own."""
+    """How a ranker was evaluated; evaluations of one protocol can be compared. A ranker may add fields of its own.
+
+    >>> fields = {"split": "leave-one-out, test", "ranking": "full", "history_masked": False, "max_history": None}
+    >>> Protocol(**fields, ties="shuffled", unseen_targets="keep", users="all", depth=3).as_dict()["depth"]
+    3
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
 

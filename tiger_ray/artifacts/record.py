@@ -31,7 +31,13 @@ LONG = 200
 
 
 class Record(BaseModel):
-    """When, why and at what cost one artifact of one night was published."""
+    """When, why and at what cost one artifact of one night was published.
+
+    >>> known = {"artifact": "catalog", "date": "2026-11-23", "run_id": "5e3f", "began_at": "2026-11-23T01:00:00Z"}
+    >>> cost = {"seconds": 4.5, "workers": 2, "peak_memory_bytes": 9_000}
+    >>> Record(status="computed", why=("no earlier night",), files=1, rows=7, bytes=90, **known, **cost).cost == cost
+    True
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 

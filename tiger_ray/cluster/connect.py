@@ -122,5 +122,5 @@ def require_resources(whole: Mapping[str, float], sections: Mapping[str, Section
 
 
 def is_local(settings: RaySettings) -> bool:
-    """Does the job start its own cluster on this machine?"""
+    """True if the job starts its own cluster on this machine."""
     return (settings.address or os.environ.get("RAY_ADDRESS", "local")) == "local"

@@ -41,7 +41,7 @@ class Worker:
 
     @property
     def is_first(self) -> bool:
-        """Does this worker log and write for all workers?"""
+        """True if this worker logs and writes for all workers."""
         return self.rank == 0
 
 

@@ -36,7 +36,13 @@ class Index(Protocol):
 
 
 class Exact:
-    """Compares every user with every eligible item."""
+    """Compares every user with every eligible item.
+
+    >>> index = Exact(torch.tensor([[1.0, 0.0], [3.0, 0.0], [2.0, 0.0]]), np.array([True, False, True]))
+    >>> item_BP, score_BP = index.search(np.array([[1, 0]], np.float32), 2)
+    >>> item_BP.tolist(), score_BP.tolist()
+    ([[2, 0]], [[2.0, 1.0]])
+    """
 
     def __init__(
         self, item_ND: Tensor, eligible_N: npt.NDArray[np.bool_], device: torch.device | str = "cpu"

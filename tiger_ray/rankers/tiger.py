@@ -25,6 +25,14 @@ class TigerRanker:
 
     The night, the validation, the evaluation and the endpoint all rank with this class. A user without history gets
     no item.
+
+    >>> from tiger_ray.settings.model import ModelSettings
+    >>> codes_NI = np.array([[0, 0], [1, 0], [2, 1]], np.int16)
+    >>> model = TigerModel(ModelSettings(num_layers=1), Vocabulary((4, 3))).eval()
+    >>> rules = Rules(np.ones(3, bool), exclude_history=True)
+    >>> ranker = TigerRanker(model, "cpu", codes_NI=codes_NI, rules=rules, decoding=DecodingSettings())
+    >>> sorted(ranker.recommend(Histories.of([[0]]), 2).item_BK[0].tolist())
+    [1, 2]
     """
 
     def __init__(

@@ -28,7 +28,12 @@ from tiger_ray.settings.training import TrainingSettings
 
 
 class Settings(BaseSettings):
-    """Settings of the nightly job and of each of its stages."""
+    """Settings of the nightly job and of each of its stages.
+
+    >>> uris = {"storage": {"root": "out"}, "catalog": {"uri": "items"}, "events": {"uri": "events"}}
+    >>> Settings(date="2026-11-23", decoding={"beam_width": 50}, **uris).decoding.beam_width
+    50
+    """
 
     model_config = SettingsConfigDict(
         frozen=True,

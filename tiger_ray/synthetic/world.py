@@ -115,7 +115,12 @@ _WORLD_STREAM, _NAME_STREAM, _EVENT_STREAM = 1, 2, 3
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """A planted world; `build` with equal arguments makes equal worlds."""
+    """A planted world; `build` with equal arguments makes equal worlds.
+
+    >>> world = World.build(40, seed=0)
+    >>> world.successor_NM.shape == (40, len(world.shares))
+    True
+    """
 
     num_items: int
     seed: int
