@@ -20,9 +20,10 @@ def bars() -> Iterator[ray.data.DataContext]:
 
 
 def test_the_bar_shows_the_step_and_the_loss_that_a_worker_reports(
-    bars: ray.data.DataContext, capfd: pytest.CaptureFixture[str]
+    bars: ray.data.DataContext, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bars.enable_progress_bars = True
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich draws as on a terminal
 
     def work(bar: BarSink) -> None:
         bar(30, {"training/loss": 2.5})
