@@ -299,7 +299,7 @@ OWN_VECTORS = {"catalog": {"vector": "v", "num_shards": 1}, "embeddings": {"enco
 
 def test_vectors_that_are_not_numbers_or_not_there(bad):
     bad.write(catalog=with_vectors([[float("nan")] * 2] * 20)).assert_refused(
-        r"20 embeddings are not finite, first items: i0, i1, .* \(encoder catalog\)\. Correct the vectors",
+        r"20 embeddings are not finite; first items: i0, i1, .* \(encoder catalog\)\. Correct the vectors",
         until="embeddings",
         published=["catalog", "events"],
         **OWN_VECTORS,

@@ -1,8 +1,6 @@
 """The night after: only what changed is done again, and what people may rely on stays."""
 
-import importlib.util
 from collections import Counter
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,6 +13,7 @@ from tiger_ray.errors import ArtifactError, DataError, PublishError, QualityErro
 from tiger_ray.published.model import load_model
 from tiger_ray.published.semantic_ids import load_semantic_ids
 from tiger_ray.stages import baselines, gate, recommendations
+from tiger_ray.stages import night as night_of_stages
 from tiger_ray.stages.evaluation import STAGE as EVALUATION_STAGE
 from tiger_ray.stages.gate import require_gate
 from tiger_ray.stages.model import STAGE as MODEL_STAGE
@@ -25,15 +24,6 @@ pytestmark = pytest.mark.ray
 
 LATER_US = 1_796_000_000_000_000
 """A moment after all events of the world."""
-
-JOBS = Path(__file__).parents[2] / "jobs"
-
-
-def load_job(name):
-    spec = importlib.util.spec_from_file_location(name, JOBS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def codes_by_item(night):
@@ -155,14 +145,14 @@ def test_the_quality_gate_publishes_no_recommendations(night, night_root, world)
         QualityError,
         match=r"ndcg@10 is 0\.\d+, popularity has 0\.\d+, and evaluation\.min_ratio_to_popularity asks for",
     ):
-        load_job("nightly").main(settings, storage)
+        night_of_stages.run_night(settings, storage)
     assert ("evaluation", TUESDAY) in published_dates(storage)
     assert ("recommendations", TUESDAY) not in published_dates(storage)
     assert storage.resolve("recommendations").date == night.settings.date
     # the gate is no part of what was measured: relaxed, it lets the same evaluation pass
     evaluated = storage.published("evaluation", TUESDAY)
     relaxed = tiny_settings(night_root, world.data, TUESDAY)
-    load_job("nightly").main(relaxed, storage)
+    night_of_stages.run_night(relaxed, storage)
     assert storage.published("evaluation", TUESDAY) == evaluated
     assert ("recommendations", TUESDAY) in published_dates(storage)
 
