@@ -27,6 +27,7 @@ from planted import Users, beauty_examples, first, full_users, planted_codes, pl
 from results import Claims, chosen_parts, parser_of, run_parts
 
 from tiger_ray.core.arrays import ranges
+from tiger_ray.core.logs import show_logs
 from tiger_ray.data.histories import HELD_OUT
 from tiger_ray.decoding.decoder import Decoder
 from tiger_ray.evaluation import metrics as evaluation
@@ -49,6 +50,7 @@ PAPER_STEPS, PAPER_BATCH = 200_000, 256
 
 
 def main() -> None:
+    show_logs(with_time=False)
     parts = {
         "answers": measure_answers,
         "decoding": measure_decoding,

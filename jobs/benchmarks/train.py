@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from turns import CORES, DTYPES, FASTEST, ROUNDS, alternate, fastest, ratios
 
+from tiger_ray.core.logs import show_logs
 from tiger_ray.core.memory import keep_freed_memory
 from tiger_ray.model.t5 import TigerModel
 from tiger_ray.model.tokens import PAD
@@ -49,6 +50,7 @@ EVERY = 8  # of the batches that are sorted by length together, every eighth sta
 
 
 def main() -> None:
+    show_logs(with_time=False)
     parts = {
         "hugging_face": measure_hugging_face,
         "ddp2": measure_ddp2,

@@ -1,5 +1,6 @@
 """What is shown of a run is what happened, and no sink that is missing goes unsaid."""
 
+import logging
 import sys
 import time
 from types import SimpleNamespace
@@ -32,7 +33,8 @@ def test_the_first_step_that_was_not_finite_is_named(bad):
         window.mean()
 
 
-def test_lines_count_examples_tokens_and_padding_of_their_steps(capsys):
+def test_lines_count_examples_tokens_and_padding_of_their_steps(caplog):
+    caplog.set_level(logging.INFO)
     seen = []
     log = TrainingLog(2, 3, CPU, peak=1e12, sinks=[lambda step, values: seen.append((step, values))])
     for step in range(3):
@@ -49,7 +51,7 @@ def test_lines_count_examples_tokens_and_padding_of_their_steps(capsys):
     assert one["training/tokens_per_s"] / one["training/examples_per_s"] == pytest.approx(11 / 2)
     assert one["training/operations_per_s"] / one["training/examples_per_s"] == pytest.approx(5e8 / 2)
     assert one["training/peak_share"] == pytest.approx(one["training/operations_per_s"] / 1e12)
-    lines = capsys.readouterr().out.splitlines()
+    lines = caplog.messages
     assert lines[0].startswith("step 2/3  loss 0.5000  learning rate 5.0e-01  ")
     assert "padding 21%" in lines[0]
 

@@ -25,18 +25,18 @@ def test_mlflow_gets_settings_and_numbers(tmp_path, monkeypatch):
     assert [(metric.step, metric.value) for metric in history] == [(1, 2.5), (2, 1.5)]
 
 
-def test_a_run_that_ended_by_an_error_does_not_keep_the_next_from_beginning(tmp_path, monkeypatch, capsys):
+def test_a_run_that_ended_by_an_error_does_not_keep_the_next_from_beginning(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "runs").as_uri())
     for name in ("one", "two"):
         sink = MLflow(name, {"model": {"d_model": 8}})
     sink.close()
-    assert "MLflow gets nothing more" not in capsys.readouterr().out
+    assert "MLflow gets nothing more" not in caplog.text
 
 
-def test_a_tracking_server_that_is_away_is_reported_once_and_training_goes_on(monkeypatch, capsys):
+def test_a_tracking_server_that_is_away_is_reported_once_and_training_goes_on(monkeypatch, caplog):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     sink = MLflow("2026-11-24 abc", {"model": {"d_model": 8}})
     sink(1, {"training/loss": 2.5})
-    assert capsys.readouterr().out.count("MLflow gets nothing more of this run") == 1
+    assert caplog.text.count("MLflow gets nothing more of this run") == 1

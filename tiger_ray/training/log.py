@@ -7,6 +7,7 @@ B examples, I losses per example.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import tempfile
@@ -21,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tiger_ray.errors import SettingsError, TigerError
+
+log = logging.getLogger(__name__)
 
 MLFLOW_VARIABLE = "MLFLOW_TRACKING_URI"
 
@@ -153,7 +156,7 @@ class TrainingLog:
                 f"{values['examples_per_s']:,.0f} examples/s  {values['tokens_per_s']:,.0f} tokens/s  "
                 f"padding {values['padding_share']:.0%}  {operations / seconds / 1e9:,.0f} GFLOP/s"
             )
-            print(shown + (f", {values['peak_share']:.0%} of peak" if self._peak else ""), flush=True)
+            log.info("%s", shown + (f", {values['peak_share']:.0%} of peak" if self._peak else ""))
         self._write("training", step + 1, values)
         self._begin()
 
@@ -162,7 +165,7 @@ class TrainingLog:
         metrics = {name: value for name, value in point.items() if name != "step"}
         if self._is_first:
             words = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            print(f"checkpoint at step {int(point['step']):,}: {words}", flush=True)
+            log.info("checkpoint at step %s: %s", f"{int(point['step']):,}", words)
         self._write("checkpoint", int(point["step"]), metrics)
 
     @contextmanager
@@ -257,7 +260,7 @@ class MLflow:
             action()
         except Exception as error:  # A curve must never end a night.
             self._works = False
-            print(f"MLflow gets nothing more of this run: {type(error).__name__}: {error}", flush=True)
+            log.warning("MLflow gets nothing more of this run: %s: %s", type(error).__name__, error)
 
 
 def wants_mlflow() -> bool:
