@@ -119,10 +119,11 @@ class Refusing:
         return None
 
 
-def last_line(done: subprocess.CompletedProcess[str]) -> str:
-    """What the job itself wrote last to stderr; lines of Ray's processes may come behind it."""
+def last_lines(done: subprocess.CompletedProcess[str]) -> tuple[str, str]:
+    """The last two lines of the job on stderr: the error, and how to go on. Lines of Ray's workers may follow."""
     lines = done.stderr.strip().splitlines()
-    return [line for line in lines if not re.match(r"(\x1b\[\d+m)?\(\w+ pid=", line)][-1]
+    error, go_on = [line for line in lines if not re.match(r"(\x1b\[\d+m)?\(\w+ pid=", line)][-2:]
+    return error, go_on
 
 
 def test_refused_checkpoints_end_training_clearly_and_the_same_command_goes_on(
@@ -194,10 +195,11 @@ def test_a_loss_that_is_not_finite_ends_the_job_at_once_and_names_the_step(train
         }
     )
     assert ended.returncode == 6, ended.stderr
-    last = last_line(ended)
-    assert last.startswith("TigerError: ")
-    assert "was not a finite number" in last
-    assert "training.learning_rate" in last
+    error, go_on = last_lines(ended)
+    assert error.startswith("TigerError: ")
+    assert go_on.startswith("How to go on: ")
+    assert "was not a finite number" in error
+    assert "training.learning_rate" in error
     step = int(last.partition(" step ")[2].split(";")[0].split(",")[0])
     assert "Traceback" not in re.sub(r".*PlacementGroupCleaner.*", "", ended.stdout + ended.stderr)
     assert ended.stdout.count("training begins") == 1
