@@ -607,7 +607,7 @@ def test_only_a_draw_is_made_again_for_another_seed(world: World) -> None:
     for sample in (False, True):
         decoding = world.settings.decoding.model_copy(update={"sample": sample})
         names = [
-            recommendations._scoring(
+            recommendations._scoring_fingerprint(
                 Context(
                     world.settings.model_copy(update={"decoding": decoding, "seed": seed}),
                     world.storage,

@@ -200,7 +200,7 @@ def test_a_loss_that_is_not_finite_ends_the_job_at_once_and_names_the_step(train
     assert go_on.startswith("How to go on: ")
     assert "was not a finite number" in error
     assert "training.learning_rate" in error
-    step = int(last.partition(" step ")[2].split(";")[0].split(",")[0])
+    step = int(error.partition(" step ")[2].split(";")[0].split(",")[0])
     assert "Traceback" not in re.sub(r".*PlacementGroupCleaner.*", "", ended.stdout + ended.stderr)
     assert ended.stdout.count("training begins") == 1
     assert "training resumes" not in ended.stdout, "it would come to the same step again"
