@@ -83,7 +83,7 @@ def test_a_sound_set_up_passes_every_check_in_order_and_leaves_nothing_behind(wo
     assert "Contents" not in s3_client.list_objects_v2(Bucket=s3_root.split("/")[2])
 
 
-def test_no_bucket(words):
+def test_a_missing_bucket_fails_with_the_exit_code_of_storage(words):
     only_failure(
         changed(words, storage__root="s3://no-such-bucket-here/p"),
         name="storage", also=["clock"], code=6,
@@ -91,7 +91,7 @@ def test_no_bucket(words):
     )  # fmt: skip
 
 
-def test_wrong_key(words, s3_faults):
+def test_a_wrong_key_is_named_with_its_remedy(words, s3_faults):
     s3_faults.answers = lambda method, path: (403, "InvalidAccessKeyId")
     only_failure(
         words,
@@ -114,7 +114,7 @@ def test_unreachable_endpoint_of_the_storage_and_of_an_input_within_30_s(words, 
     assert (lines["events"].status, lines["clock"].status) == ("ok", "not checked")
 
 
-def test_other_ray_version(words):
+def test_another_ray_version_of_a_node_is_named(words):
     here = driver_node()
     nodes = (replace(here, address="10.0.0.1"), Node("10.0.0.2", "2.9.3", here.python))
     around = replace(ROOMY, nodes=lambda settings: Cluster(nodes, {"CPU": 8.0}))
@@ -125,7 +125,7 @@ def test_other_ray_version(words):
     )  # fmt: skip
 
 
-def test_other_python_of_a_node(words):
+def test_another_python_of_a_node_is_named(words):
     here = driver_node()
     older = replace(here, address="10.0.0.2", python="3.9.1")
     around = replace(ROOMY, nodes=lambda settings: Cluster((older,), {"CPU": 8.0}))
@@ -135,7 +135,7 @@ def test_other_python_of_a_node(words):
     )  # fmt: skip
 
 
-def test_missing_column(words):
+def test_a_missing_column_names_the_setting_and_the_nearest_column(words):
     only_failure(
         changed(words, catalog__item_id="item"),
         name="catalog", code=3,
@@ -143,7 +143,7 @@ def test_missing_column(words):
     )  # fmt: skip
 
 
-def test_wrong_type_of_ids(words, tmp_path):
+def test_ids_of_another_type_than_the_catalogs_are_refused(words, tmp_path):
     numbers = EVENTS.set_column(1, "item_id", pa.array([1, 2], pa.int64()))
     write(str(tmp_path / "events"), numbers)
     only_failure(
@@ -161,7 +161,7 @@ def test_ids_that_are_no_ids(words, tmp_path):
     assert lines["events"].text.startswith("2 events")
 
 
-def test_clock_an_hour_off(words):
+def test_a_clock_an_hour_off_fails_where_the_store_is_s3(words):
     ahead = replace(ROOMY, now=lambda: time.time() + HOUR_S)
     only_failure(
         words, ahead, name="clock", code=6, says=["s ahead of the store's", "Set the clock right (NTP)"]
@@ -178,7 +178,7 @@ def test_an_hour_off_is_a_warning_where_the_store_is_a_folder(words, tmp_path):
     assert line.text == "this machine's clock is 3,600 s ahead of the store's; set the clock right (NTP)"
 
 
-def test_full_disk(words, tmp_path):
+def test_a_full_disk_fails(words, tmp_path):
     around = replace(ROOMY, disk=lambda path: (50 * 10**6, 10**12))
     lines = run_checks(changed(words, storage__root=tmp_path / "root"), around=around)
     assert (lines["disk"].status, lines["disk"].exit_code) == ("FAILED", 6)
@@ -207,7 +207,7 @@ def test_a_nearly_full_disk_of_ray_is_a_warning(words):
 
 
 @pytest.mark.skipif(not private_mounts(), reason="needs `unshare --mount` for a folder that is read-only")
-def test_read_only_folder(words, tmp_path):
+def test_a_read_only_folder_fails(words, tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     command = [sys.executable, "-m", "tiger_ray.cli.main", "check", *changed(words, storage__root=root)]
@@ -222,7 +222,7 @@ def test_read_only_folder(words, tmp_path):
     assert "1 of 9 checks failed (storage); a night would end with exit code 6" in done.stdout
 
 
-def test_gpu_asked_for_and_none(words):
+def test_a_gpu_that_is_asked_for_and_missing_fails(words):
     only_failure(
         changed(words, decoding__use_gpu="true"),
         name="workers", code=2,
@@ -244,7 +244,7 @@ def test_a_cluster_without_gpus_is_a_warning_because_it_may_grow(words):
     assert "the cluster has 8 CPUs and 0 GPUs now, and GPUs for embeddings" in line.text
 
 
-def test_unset_variable(words, tmp_path):
+def test_an_unset_variable_is_named(words, tmp_path):
     (tmp_path / "night.yaml").write_text("storage: {root: 's3://${NO_SUCH_VARIABLE}/p'}\n")
     lines = run_checks([*words, "--config", str(tmp_path / "night.yaml")], around=ROOMY)
     assert (lines["settings"].status, lines["settings"].exit_code) == ("FAILED", 2)
@@ -255,7 +255,7 @@ def test_unset_variable(words, tmp_path):
     assert {line.status for name, line in lines.items() if name != "settings"} == {"not checked"}
 
 
-def test_missing_encoder_package(words, monkeypatch):
+def test_a_missing_encoder_package_names_the_extra_that_brings_it(words, monkeypatch):
     find = checks.encoders.importlib.util.find_spec
     monkeypatch.setattr(
         checks.encoders.importlib.util,
