@@ -311,7 +311,7 @@ def _catalog(settings: Settings, found: _Found) -> str:
     catalog.vector_type(schema, chosen)
     found.catalog_id_type = str(kind)
     found.files["catalog"] = files
-    return f"{rows:,} items in {len(files):,} files, {_size(files)}; ids {kind}"
+    return f"{rows:,} items in {_size(files)}; ids {kind}"
 
 
 def _events(settings: Settings, found: _Found) -> str:
@@ -325,7 +325,7 @@ def _events(settings: Settings, found: _Found) -> str:
     unit = events.timestamp_unit(schema, chosen)
     events.require_tie(schema, chosen, rows)
     found.files["events"] = files
-    return f"{rows:,} events in {len(files):,} files, {_size(files)}; timestamps in {unit}"
+    return f"{rows:,} events in {_size(files)}; timestamps in {unit}"
 
 
 def _list(uri: str, found: _Found) -> list[InputFile]:
@@ -339,7 +339,8 @@ def _list(uri: str, found: _Found) -> list[InputFile]:
 
 
 def _size(files: Sequence[InputFile]) -> str:
-    return readable_bytes(sum(file.bytes for file in files))
+    count = "1 file" if len(files) == 1 else f"{len(files):,} files"
+    return f"{count}, {readable_bytes(sum(file.bytes for file in files))}"
 
 
 def _catalog_rows(settings: Settings, found: _Found) -> str:
