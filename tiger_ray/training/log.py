@@ -81,7 +81,6 @@ class TrainingLog:
     >>> shown = {}
     >>> log = TrainingLog(1, 1, torch.device("cpu"), sinks=[lambda step, values: shown.update(values)])
     >>> log.add_checkpoint({"step": 1, "ndcg@10": 0.25})
-    checkpoint at step 1: ndcg@10 0.2500
     >>> shown
     {'checkpoint/ndcg_10': 0.25}
     """
