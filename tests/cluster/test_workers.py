@@ -114,6 +114,9 @@ from tiger_ray.cluster.workers import run_workers
 from tiger_ray.settings.ray import RaySettings
 from tiger_ray.settings.training import TrainingSettings
 
+# A shell ignores SIGINT in what it starts in the background, and a child inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 num_workers, folder = int(sys.argv[1]), Path(sys.argv[2])
 
 def interrupt_when(is_time):
