@@ -56,6 +56,8 @@ METADATA: dict[str, dict[str, Any]] = {
         "examples_leave_one_out": 12,
         "validation_users_leave_one_out": 4,
         "test_users_leave_one_out": 4,
+        "validation_tied_leave_one_out": 2,
+        "test_tied_leave_one_out": 1,
     },
     "model": {**TRAINED, "space": "abc-4x4x8", "level_sizes": [4, 4, 8]},
     "model-sasrec-softmax": TRAINED,
@@ -65,6 +67,7 @@ METADATA: dict[str, dict[str, Any]] = {
         "protocol": PROTOCOL,
         "periods": None,
         "training": "step 60 of 60, batches of 64, seed 0",
+        "tied_share": 0.25,
     },
     "recommendations": {
         "users": 6,
@@ -84,6 +87,8 @@ TIME_SPLIT = {
     "examples_time": 10,
     "validation_users_time": 3,
     "test_users_time": 2,
+    "validation_tied_time": 1,
+    "test_tied_time": 0,
     "validation_from": "2026-05-01T00:00:00Z",
     "test_from": "2026-06-01T00:00:00Z",
 }

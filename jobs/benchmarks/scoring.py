@@ -130,6 +130,8 @@ def planted_inputs(users: Users) -> dict[str, tuple[dict[str, Any], dict[str, An
         "examples_leave_one_out",
         "validation_users_leave_one_out",
         "test_users_leave_one_out",
+        "validation_tied_leave_one_out",
+        "test_tied_leave_one_out",
     ]
     sequences_facts = {
         "users": len(users[1]),

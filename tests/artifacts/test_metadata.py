@@ -25,6 +25,7 @@ from tiger_ray.errors import ArtifactError
 OPTIONAL = {
     "evaluation.periods",
     "evaluation.training",
+    "evaluation.tied_share",
     "evaluation.protocol.encoder",
 }
 """Fields that a manifest may lack: a newer version added them, or another ranker has them."""

@@ -27,7 +27,7 @@ from tiger_ray.stages.sequences import _moments, _WriteShard
 from tiger_ray.training.examples import BATCHES_PER_GROUP
 
 NUM_ITEMS = 40
-ITEMS = pa.table({"item_id": pa.array(range(NUM_ITEMS)), "tie": pa.array(range(NUM_ITEMS), pa.int32())})
+ITEMS = pa.table({"item_id": pa.array(range(NUM_ITEMS)), "tie": pa.array(range(NUM_ITEMS), pa.int64())})
 START = datetime(2014, 1, 1, tzinfo=UTC)
 
 
@@ -49,7 +49,7 @@ def sequences_of(events, max_events, folder, **chosen):
         }
     )
     chosen = SequencesSettings(num_shards=2, max_events=max_events, **chosen)
-    rows = prepare_events(table, EventsSettings(uri="/e"), chosen, ITEMS)
+    rows = prepare_events(table, EventsSettings(uri="/e", ties="item_id"), chosen, ITEMS)
     storage = Storage(folder)
     run = storage.begin("sequences", "0" * 64)
     finish = _WriteShard(run, max_events, _moments(chosen, "s"))
@@ -248,4 +248,6 @@ def test_without_moments_an_artifact_is_what_it_was(tmp_path):
             "examples_none",
             "validation_users_leave_one_out",
             "test_users_leave_one_out",
+            "validation_tied_leave_one_out",
+            "test_tied_leave_one_out",
         }

@@ -38,7 +38,7 @@ def test_every_beauty_item_has_clean_text():
 def test_beauty_histories_are_the_published_sequences():
     events = beauty("interactions.parquet")
     item_id = pc.unique(events.column("item_id"))
-    items = pa.table({"item_id": item_id, "tie": np.arange(len(item_id), dtype=np.int32)})
+    items = pa.table({"item_id": item_id, "tie": np.arange(len(item_id))})
     settings = EventsSettings(uri="unused", timestamp_unit="position"), SequencesSettings(num_shards=1)
     shuffled = events.take(np.random.default_rng(0).permutation(events.num_rows))
 
@@ -56,7 +56,7 @@ def test_beauty_in_days_with_ties_by_position_gives_the_published_sequences():
     dated = events.filter(pc.invert(pc.is_in(events.column("user_id"), value_set=undated)))
     assert len(undated) == 162
     item_id = pc.unique(events.column("item_id"))
-    items = pa.table({"item_id": item_id, "tie": np.arange(len(item_id), dtype=np.int32)})
+    items = pa.table({"item_id": item_id, "tie": np.arange(len(item_id))})
     by_day = EventsSettings(
         uri="unused", timestamp="unix_time", timestamp_unit="s", ties="column", tie="timestamp"
     )

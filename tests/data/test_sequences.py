@@ -1,6 +1,7 @@
 """Histories equal those of a plain loop over all events, however the events are cut into blocks."""
 
 from collections import defaultdict
+from itertools import permutations
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,14 @@ from hypothesis import strategies as st
 
 from tiger_ray.artifacts import schemas
 from tiger_ray.core.hashing import shard_of, stable_hash
-from tiger_ray.data.histories import histories_of, prepare_events
+from tiger_ray.data.histories import (
+    cuts_of,
+    decided_by_tie,
+    histories_and_ties_of,
+    histories_of,
+    item_table_of,
+    prepare_events,
+)
 from tiger_ray.settings.events import EventsSettings
 from tiger_ray.settings.sequences import SequencesSettings
 
@@ -18,7 +26,7 @@ TIES = [3, 0, 4, 1, 2]
 
 
 def item_table(ids=ITEMS, ties=TIES, type=None):
-    return pa.table({"item_id": pa.array(ids, type), "tie": pa.array(ties, pa.int32())})
+    return pa.table({"item_id": pa.array(ids, type), "tie": pa.array(ties, pa.int64())})
 
 
 def event_table(events, user_type=None, item_type=None):
@@ -34,7 +42,8 @@ def event_table(events, user_type=None, item_type=None):
     return pa.table(columns)
 
 
-PLAIN = EventsSettings(uri="/e")
+PLAIN = EventsSettings(uri="/e", ties="item_id")
+BY_HASH = EventsSettings(uri="/e")
 BY_PLACE = EventsSettings(uri="/e", ties="column", tie="place")
 
 
@@ -155,6 +164,86 @@ def test_a_tie_column_decides_the_order_and_not_what_counts_as_a_repeat():
         assert histories(blocks, 3, settings=BY_PLACE) == {"u": [1, 2, 3]}
 
 
+NUM_NOISE_USERS, NUM_NOISE_ITEMS, BASKET = 1500, 120, 8
+
+
+def noise_targets(settings, seed=0):
+    """The last item of each user in a log that says nothing: random baskets, and every event at one moment."""
+    draw = np.random.default_rng(5)
+    basket_UB = np.argsort(draw.random((NUM_NOISE_USERS, NUM_NOISE_ITEMS)), axis=1)[:, :BASKET]
+    ids = np.array([f"i{n:03}" for n in range(NUM_NOISE_ITEMS)])
+    log = pa.table(
+        {
+            "user_id": np.repeat([f"u{n}" for n in range(NUM_NOISE_USERS)], BASKET),
+            "item_id": ids[basket_UB.ravel()],
+            "timestamp": np.full(basket_UB.size, 7),
+        }
+    )
+    items = item_table_of(pa.array(ids), settings.ties, seed)
+    rows = prepare_events(log, settings, SequencesSettings(num_shards=1), items)
+    table, tied_E = histories_and_ties_of(rows.drop_columns(["shard"]), 50)
+    at_B = cuts_of(table, "leave_one_out").test_at_B
+    assert decided_by_tie(at_B, np.full(NUM_NOISE_USERS, BASKET), tied_E).all()
+    history_UB = table.column("history").combine_chunks().flatten().to_numpy().reshape(-1, BASKET)
+    return history_UB[:, -1]
+
+
+def recall_of_the_others_targets(target_U):
+    """Recall@10 of the most frequent targets of half of the users for the other half."""
+    seen, asked = np.split(target_U, 2)
+    guess = np.argsort(-np.bincount(seen, minlength=NUM_NOISE_ITEMS), kind="stable")[:10]
+    return np.isin(asked, guess).mean()
+
+
+def test_on_noise_the_targets_of_other_users_say_nothing_by_default_and_much_if_item_ids_decide():
+    chance = 10 / NUM_NOISE_ITEMS
+    error = (chance * (1 - chance) / (NUM_NOISE_USERS / 2)) ** 0.5
+    assert abs(recall_of_the_others_targets(noise_targets(BY_HASH)) - chance) < 4 * error
+    # The largest of 8 of 120 ids is among the 10 largest ids with probability 1 - (110 over 8) / (120 over 8).
+    assert abs(recall_of_the_others_targets(noise_targets(PLAIN)) - 0.51) < 0.08
+
+
+def test_another_seed_orders_the_events_of_one_moment_anew():
+    same = (noise_targets(BY_HASH, seed=0) == noise_targets(BY_HASH, seed=1)).mean()
+    assert abs(same - 1 / BASKET) < 4 * (1 / BASKET * (1 - 1 / BASKET) / NUM_NOISE_USERS) ** 0.5
+
+
+@given(events, st.lists(st.integers(0, 40), max_size=4))
+@settings(max_examples=20, deadline=None)
+def test_ties_by_hash_do_not_depend_on_blocks_or_order_of_arrival(events, cuts):
+    edges = [0, *sorted(min(cut, len(events)) for cut in cuts), len(events)]
+    blocks = [events[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    items = item_table_of(pa.array(ITEMS), "hash", 0)
+    found = histories(blocks, 4, items=items, settings=BY_HASH)
+    assert found == histories([events[::-1]], 4, items=items, settings=BY_HASH)
+
+
+distinct_event = st.tuples(st.sampled_from("uv"), st.sampled_from(ITEMS[:4]), st.integers(0, 3))
+
+
+@given(st.sets(distinct_event, min_size=1, max_size=14), st.integers(3, 6), st.sampled_from([None, (1, 2)]))
+@settings(max_examples=30, deadline=None)
+def test_a_tie_decides_a_target_if_another_order_of_the_items_gives_another_target(log, max_events, moments):
+    """The oracle tries every order of the four items."""
+    split = SequencesSettings(num_shards=1, max_events=max_events)
+    holdout = "time" if moments else "leave_one_out"
+    seen = {"validation_at_B": defaultdict(set), "test_at_B": defaultdict(set)}
+    said = {}
+    for ties in permutations(range(4)):
+        rows = prepare_events(event_table(sorted(log)), PLAIN, split, item_table(ITEMS[:4], ties))
+        table, tied_E = histories_and_ties_of(rows.drop_columns(["shard"]), max_events, moments)
+        lists = table.column("history").to_pylist()
+        cuts = cuts_of(table, holdout)
+        for name, targets in seen.items():
+            at_B = getattr(cuts, name)
+            lengths_B = np.array([len(items) for items in lists])
+            said[name] = decided_by_tie(at_B, lengths_B, tied_E).tolist()
+            for user, (items, at) in enumerate(zip(lists, at_B.tolist(), strict=True)):
+                targets[user].add(items[at] if at >= 0 else None)
+    for name, targets in seen.items():
+        assert said[name] == [len(targets[user]) > 1 for user in range(len(targets))]
+
+
 def test_the_same_item_at_two_times_stays_twice_and_an_exact_repeat_goes():
     assert histories([[("u", "i0", 1), ("u", "i0", 2)], [("u", "i0", 1)]], 9) == {"u": [0, 0]}
 
@@ -205,7 +294,7 @@ def test_a_user_with_a_million_events_is_cut_before_the_shuffle():
             "timestamp": pa.array(np.arange(count)[::-1].copy()),
         }
     )
-    items = pa.table({"item_id": ["a"], "tie": pa.array([0], pa.int32())})
+    items = pa.table({"item_id": ["a"], "tie": pa.array([0], pa.int64())})
     settings = (
         EventsSettings(uri="unused", timestamp_unit="s"),
         SequencesSettings(num_shards=1, max_events=10),

@@ -152,7 +152,7 @@ def test_a_date_that_is_no_day_is_refused(night):
         ),
         (
             "events: {uri: /e, tie: place}\n",
-            r"events\.tie names the column 'place', but events\.ties is 'item_id' .* set events\.ties to 'column'",
+            r"events\.tie names the column 'place', but events\.ties is 'hash' .* set events\.ties to 'column'",
         ),
         (
             "events: {uri: /e, ties: column, tie: timestamp}\n",

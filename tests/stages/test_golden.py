@@ -72,7 +72,7 @@ TINY: dict[str, Any] = {
 }
 
 OTHERWISE: dict[str, Any] = {
-    "events": {**TINY["events"], "ties": "shuffled"},
+    "events": {**TINY["events"], "ties": "item_id"},
     "sequences": {**TINY["sequences"], "validation_from": "2026-02-02", "test_from": "2026-02-03"},
     "model": {**TINY["model"], "num_user_buckets": 3},
     "training": {**TINY["training"], "holdout": "none"},

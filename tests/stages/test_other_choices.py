@@ -83,7 +83,7 @@ def other_night(local_ray, tables, new_bucket, tmp_path_factory):
             "timestamp_unit": "position",
             "event_type": "kind",
             "event_types": ["read"],
-            "ties": "shuffled",
+            "ties": "item_id",
         },
         embeddings={"encoder": "catalog"},
         quantizer={

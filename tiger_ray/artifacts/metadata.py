@@ -174,12 +174,20 @@ class SequencesMetadata(Published):
     """Users with a validation event, for holdout leave_one_out."""
     test_users_leave_one_out: Count
     """Users with a test event, for holdout leave_one_out."""
+    validation_tied_leave_one_out: Count
+    """Users whose validation event has the moment of a neighbouring event, so that `events.ties` chose it."""
+    test_tied_leave_one_out: Count
+    """Users whose test event has the moment of the event before it, so that `events.ties` chose it."""
     examples_time: Count | None = None
     """Training examples of holdout time."""
     validation_users_time: Count | None = None
     """Users with a validation event, for holdout time."""
     test_users_time: Count | None = None
     """Users with a test event, for holdout time."""
+    validation_tied_time: Count | None = None
+    """Users whose validation event of the time split has the moment of the next event."""
+    test_tied_time: Count | None = None
+    """Users whose test event of the time split has the moment of the next event."""
     validation_from: str | None = None
     """Start of the validation period, ISO 8601 in UTC."""
     test_from: str | None = None
@@ -208,12 +216,14 @@ class SequencesMetadata(Published):
             holdout: leave_one_out, or time if the histories have its moments (`require_holdout`).
             split: validation or test.
         """
-        found = {
-            ("leave_one_out", "validation"): self.validation_users_leave_one_out,
-            ("leave_one_out", "test"): self.test_users_leave_one_out,
-            ("time", "validation"): self.validation_users_time,
-            ("time", "test"): self.test_users_time,
-        }[holdout, split]
+        return self._count(f"{split}_users_{holdout}")
+
+    def tied_users(self, holdout: str, split: str) -> int:
+        """Users whose held-out event `events.ties` chose among events of one moment; arguments as `held_out_users`."""
+        return self._count(f"{split}_tied_{holdout}")
+
+    def _count(self, name: str) -> int:
+        found: int | None = getattr(self, name)
         assert found is not None, "`require_holdout` comes first"
         return found
 
@@ -267,7 +277,7 @@ class Protocol(BaseModel):
     """How a ranker was evaluated; evaluations of one protocol can be compared. A ranker may add fields of its own.
 
     >>> fields = {"split": "leave-one-out, test", "ranking": "full", "history_masked": False, "max_history": None}
-    >>> Protocol(**fields, ties="shuffled", unseen_targets="keep", users="all", depth=3).as_dict()["depth"]
+    >>> Protocol(**fields, ties="hash", unseen_targets="keep", users="all", depth=3).as_dict()["depth"]
     3
     """
 
@@ -316,6 +326,9 @@ class EvaluationMetadata(Published):
     """The moments of the time split, in words; null for other splits."""
     training: str | None = None
     """The training of the ranker, in words; null for a ranker without training."""
+    tied_share: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    """Share of all users with a held-out event whose event `events.ties` chose among events of one moment; null in
+    evaluations of older versions."""
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from tiger_ray.artifacts import schemas
 from tiger_ray.artifacts.manifest import FileEntry, Manifest
 from tiger_ray.artifacts.schemas import MOMENTS
-from tiger_ray.core.hashing import shard_of, stable_hash
+from tiger_ray.core.hashing import shard_of, splitmix64, stable_hash
 from tiger_ray.data.events import is_complete, wanted_rows
 from tiger_ray.settings.events import EventsSettings
 from tiger_ray.settings.sequences import SequencesSettings
@@ -122,13 +122,30 @@ def histories_of(events: pa.Table, max_events: int, moments: tuple[int, int] | N
     repeats counts.
 
     Args:
-        events: user_id, timestamp int64, tie int32, item_index int32 (-1: unknown item), and perhaps order
+        events: user_id, timestamp int64, tie int64, item_index int32 (-1: unknown item), and perhaps order
             int64. Events with equal timestamps are sorted by order, then by tie.
         max_events: most recent events kept per user.
         moments: first tick of the validation period and of the test period; None without a time split.
 
     Returns:
         `schemas.sequences` rows sorted by user_id.
+    """
+    return histories_and_ties_of(events, max_events, moments)[0]
+
+
+def histories_and_ties_of(
+    events: pa.Table, max_events: int, moments: tuple[int, int] | None = None
+) -> tuple[pa.Table, npt.NDArray[np.bool_]]:
+    """As `histories_of`, and which events have the moment of the event before them.
+
+    Args:
+        events: as for `histories_of`.
+        max_events: most recent events kept per user.
+        moments: first tick of the validation period and of the test period; None without a time split.
+
+    Returns:
+        `schemas.sequences` rows sorted by user_id; and (E,) bool for the events of all histories, one after the
+        other: true where only `tie` orders the event and the event before it in the history.
     """
     has_order = "order" in events.column_names
     keys = ["user_id", "timestamp", "tie", *(["order"] if has_order else [])]
@@ -149,7 +166,8 @@ def histories_of(events: pa.Table, max_events: int, moments: tuple[int, int] | N
     if has_order:
         # Sort by `order` only now: repeats must be adjacent above. The sort is stable: ties keep their order.
         order = events.column("order").to_numpy()[keep]
-        item_index = item_index[np.lexsort((order, timestamp, user))]
+        place = np.lexsort((order, timestamp, user))
+        item_index, order = item_index[place], order[place]
     # Place of each kept event counted from its user's newest, 0-based.
     lengths = np.bincount(user, minlength=len(users))
     from_end = np.repeat(np.cumsum(lengths), lengths) - 1 - np.arange(len(user))
@@ -159,7 +177,13 @@ def histories_of(events: pa.Table, max_events: int, moments: tuple[int, int] | N
     before = [
         np.bincount(user[recent & (timestamp < moment)], minlength=len(users)) for moment in moments or ()
     ]
-    return pa.table(
+    # The sort above moves events within one timestamp only, so `user` and `timestamp` still fit `item_index`.
+    moment = [user, timestamp, *([order] if has_order else [])]
+    tied = np.zeros(len(user), bool)
+    tied[1:] = np.logical_and.reduce([key[1:] == key[:-1] for key in moment])
+    tied = tied[recent]
+    tied[offsets[:-1][np.diff(offsets) > 0]] = False  # the event before may be older than `max_events` allows
+    table = pa.table(
         [
             users,
             pa.array(stable_hash(users)),
@@ -168,6 +192,25 @@ def histories_of(events: pa.Table, max_events: int, moments: tuple[int, int] | N
         ],
         schema=schemas.sequences(users.type, has_moments=moments is not None),
     )
+    return table, tied
+
+
+def decided_by_tie(
+    target_at_B: npt.NDArray[np.int64], lengths_B: npt.NDArray[np.int64], tied_E: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.bool_]:
+    """True for a user whose target would be another item if events of one moment came in another order, (B,) bool.
+
+    Args:
+        target_at_B: place of the target in the history, (B,) int64; -1 for a user without a target.
+        lengths_B: events per history, (B,) int64; they sum to E.
+        tied_E: of `histories_and_ties_of`, (E,) bool.
+    """
+    first_B = np.cumsum(lengths_B) - lengths_B
+    # One place more, for the event after the last event.
+    tied_E = np.append(tied_E, False)
+    at_B = first_B + np.maximum(target_at_B, 0)
+    has_later_B = target_at_B + 1 < lengths_B
+    return (target_at_B >= 0) & (tied_E[at_B] | (has_later_B & tied_E[np.minimum(at_B + 1, len(tied_E) - 1)]))
 
 
 def seen_events(users: pa.Table, num_items: int, holdouts: Sequence[str]) -> np.ndarray:
@@ -201,6 +244,22 @@ def popularity_of(counts: Mapping[str, np.ndarray]) -> pa.Table:
     return pa.table([pa.array(columns[name]) for name in schema.names], schema=schema)
 
 
+def item_table_of(item_id: pa.Array, ties: str, seed: int) -> pa.Table:
+    """item_id and tie of every registered item, as `prepare_events` reads them.
+
+    Args:
+        item_id: ids in the order of item_index.
+        ties: section `events`.
+        seed: of the hash.
+    """
+    if ties == "hash":
+        tie = splitmix64(stable_hash(item_id), seed).view(np.int64)
+    else:
+        tie = np.empty(len(item_id), np.int64)
+        tie[pc.sort_indices(item_id).to_numpy()] = np.arange(len(item_id))
+    return pa.table({"item_id": item_id, "tie": tie})
+
+
 def prepare_events(
     batch: pa.Table, events: EventsSettings, sequences: SequencesSettings, items: pa.Table
 ) -> pa.Table:
@@ -210,7 +269,8 @@ def prepare_events(
         batch: rows of the input.
         events: section `events`: columns, and kinds of events to keep.
         sequences: section `sequences`: number of shards, and the most events per user.
-        items: item_id and tie of every registered item, in the order of item_index.
+        items: item_id and tie (int64) of every registered item, in the order of item_index; tie is a hash of the
+            item where `events.ties` is `hash`, else a rank.
     """
     rows = wanted_rows(batch, events)
     complete = is_complete(rows)
@@ -235,8 +295,13 @@ def prepare_events(
         [_most_recent(rows.filter(known), sequences.max_events), markers.select(rows.column_names)]
     )
     index = rows.column("item_index").to_numpy()
-    tie = np.where(index >= 0, items.column("tie").to_numpy()[index], -1).astype(np.int32)
-    shard = shard_of(stable_hash(rows.column("user_id")), sequences.num_shards)
+    tie = items.column("tie").to_numpy()[index]
+    user_hash = stable_hash(rows.column("user_id"))
+    if events.ties == "hash":
+        # Mix the user in: an order of items that all users share could be learned from other users.
+        tie = splitmix64(tie.view(np.uint64) ^ user_hash).view(np.int64)
+    tie = np.where(index >= 0, tie, -1)
+    shard = shard_of(user_hash, sequences.num_shards)
     return rows.append_column("tie", pa.array(tie)).append_column("shard", pa.array(shard))
 
 

@@ -118,7 +118,7 @@ def _row(
         joint_CC = paired_counts(storage, evaluated, reference, _places(evaluated))
         estimates = differences(joint_CC, ks, seed=evaluated.setting("seed"))
         difference = {name: asdict(estimate) for name, estimate in estimates.items()}
-    apart = ("model", "protocol", "periods", "training")
+    apart = ("model", "protocol", "periods", "training", "tied_share")
     details = {name: value for name, value in found.items() if name not in apart}
     if exact is not None and evaluated.input("model") == exact.input("model") and _places(evaluated) >= TOP:
         details["shown"] = {**found["shown"], "of_exact": recall_of(storage, evaluated, exact, TOP)}

@@ -46,6 +46,7 @@ def metrics_table(evaluation: Manifest | None, model: Manifest) -> str:
         f"{found.model.users:,} users ({protocol.users}); {protocol.split}{periods}; {protocol.ranking}, "
         f"beam {protocol.beam_width}; history of {protocol.model_history}, "
         f"{'masked' if protocol.history_masked else 'not masked'}; ties by {protocol.ties}"
+        + (f" (chose {found.tied_share:.1%} of the targets)" if found.tied_share else "")
     )
     lines.append(f"training saw: {_seen(ModelMetadata.of(model).holdout)}")
     return "\n".join(lines)

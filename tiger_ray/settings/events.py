@@ -27,9 +27,11 @@ class EventsSettings(Section):
     """Column with the kind of event. Empty: every event counts."""
     event_types: tuple[str, ...] = ()
     """Kinds of event that count; required with `event_type`."""
-    ties: Literal["item_id", "shuffled", "column"] = "item_id"
-    """Order of one user's events with equal timestamps: by item id, by a hash of item id and seed, or by the
-    column `tie`. Events of the same user, item and timestamp count once in any case."""
+    ties: Literal["hash", "item_id", "column"] = "hash"
+    """Order of one user's events with equal timestamps: by a hash of user id, item id and seed, by item id, or by
+    the column `tie`. Item ids order all users alike, so that a model learns the order instead of the user: on pure
+    noise the held-out item is then always the highest id. Events of the same user, item and timestamp count once in
+    any case."""
     tie: str | None = None
     """Integer column for `ties: column`, smallest first, for example the position of the event in the log. Where
     it is equal too, the item id decides."""

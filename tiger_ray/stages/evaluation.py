@@ -199,7 +199,15 @@ def _compute(run: Run, context: Context, spec: RankerSpec) -> Computed:
         "users": "all" if max_users is None else f"a hash sample of about {max_users:,}",
     }
     # Keep night-specific facts out of `protocol`: the quality gate compares only nights with equal protocols.
-    facts = {"protocol": protocol, "periods": None, "training": _training_words(inputs.get("model"))}
+    held_out, tied = (
+        of(spec.holdout, settings.evaluation.split) for of in (histories.held_out_users, histories.tied_users)
+    )
+    facts = {
+        "protocol": protocol,
+        "periods": None,
+        "training": _training_words(inputs.get("model")),
+        "tied_share": tied / held_out,
+    }
     if spec.holdout == "time":
         facts["periods"] = f"validation from {histories.validation_from}, test from {histories.test_from}"
     metrics = run.write_file(METRICS_FILE, json.dumps({**facts, **found}, indent=2).encode())
@@ -412,7 +420,7 @@ STAGE = Stage(
     source=lambda context: _source(context, tiger_spec(context)),
     draws=lambda settings: True,
     compute=lambda run, context: _compute(run, context, tiger_spec(context)),
-    format_version=4,
+    format_version=5,
 )
 """Publishes `evaluation` of the night's model.
 

@@ -26,13 +26,14 @@ from tiger_ray.artifacts.run import Run
 from tiger_ray.artifacts.storage import Storage
 from tiger_ray.cluster.reading import name_bad_file, read_events
 from tiger_ray.cluster.shards import plain_errors, write_partitions
-from tiger_ray.core.hashing import stable_hash
 from tiger_ray.data.events import ticks_at, wanted_columns
 from tiger_ray.data.histories import (
     columns_for,
     cuts_of,
-    histories_of,
+    decided_by_tie,
+    histories_and_ties_of,
     holdouts,
+    item_table_of,
     popularity_of,
     prepare_events,
     seen_events,
@@ -48,7 +49,7 @@ def _compute(run: Run, context: Context) -> Computed:
     events, semantic_ids = context.inputs["events"], context.inputs["semantic_ids"]
     counted = EventsMetadata.of(events)
     files = counted.files
-    # About 20 bytes per item, shared by all tasks of a node: a broadcast is faster than a join.
+    # About 24 bytes per item, shared by all tasks of a node: a broadcast is faster than a join.
     items = ray.remote(_item_table).remote(storage, semantic_ids, settings.events.ties, settings.seed)
     chosen = settings.sequences
     moments = _moments(chosen, counted.timestamp_unit)
@@ -91,15 +92,8 @@ def _moments(settings: SequencesSettings, unit: str) -> tuple[int, int] | None:
 
 
 def _item_table(storage: Storage, semantic_ids: Manifest, ties: str, seed: int) -> pa.Table:
-    """item_id and tie (int32 rank that decides between equal timestamps), in the order of item_index."""
     item_id = schemas.as_large_string(load_semantic_ids(storage, semantic_ids).item_id).combine_chunks()
-    if ties == "shuffled":
-        order = np.argsort(stable_hash(item_id) ^ np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64), kind="stable")
-    else:
-        order = pc.sort_indices(item_id).to_numpy()
-    tie = np.empty(len(order), np.int32)
-    tie[order] = np.arange(len(order), dtype=np.int32)
-    return pa.table({"item_id": item_id, "tie": tie})
+    return item_table_of(item_id, ties, seed)
 
 
 class _WriteShard:
@@ -109,8 +103,9 @@ class _WriteShard:
         self._run, self._max_events, self._moments = run, max_events, moments
 
     def __call__(self, rows: pa.Table, shard: int) -> FileEntry:
-        table = histories_of(rows, self._max_events, self._moments)
+        table, tied_E = histories_and_ties_of(rows, self._max_events, self._moments)
         lengths = pc.list_value_length(table.column("history"))
+        lengths_B = lengths.to_numpy().astype(np.int64)
         facts = {
             "events": pc.sum(lengths).as_py(),
             "users_without_history": pc.sum(pc.equal(lengths, 0)).as_py(),
@@ -119,8 +114,9 @@ class _WriteShard:
             cuts = cuts_of(table, holdout)
             facts[f"examples_{holdout}"] = cuts.num_examples
             if holdout != "none":
-                facts[f"validation_users_{holdout}"] = int((cuts.validation_at_B >= 0).sum())
-                facts[f"test_users_{holdout}"] = int((cuts.test_at_B >= 0).sum())
+                for split, at_B in (("validation", cuts.validation_at_B), ("test", cuts.test_at_B)):
+                    facts[f"{split}_users_{holdout}"] = int((at_B >= 0).sum())
+                    facts[f"{split}_tied_{holdout}"] = int(decided_by_tie(at_B, lengths_B, tied_E).sum())
         return self._run.write_table(shard_name(shard), table, facts=facts)
 
 
@@ -157,9 +153,9 @@ STAGE = Stage(
         "events": context.inputs["events"],
         "semantic_ids": registry_of(context.inputs["semantic_ids"]),
     },
-    draws=lambda settings: settings.events.ties == "shuffled",
+    draws=lambda settings: settings.events.ties == "hash",
     compute=_compute,
-    format_version=3,
+    format_version=4,
 )
 """Publishes `sequences`: user shards and `popularity.parquet`.
 
