@@ -291,7 +291,7 @@ def test_the_card_names_what_the_model_was_made_from_and_how_good_it_is(night, e
         "full, item level",
         f"beam {night.settings.decoding.beam_width}",
         "not masked",
-        "ties by item_id",
+        "ties by hash",
         "seed 0",
         f"{night['model'].metadata['step']} steps of 64",
     ):

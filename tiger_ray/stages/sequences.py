@@ -4,7 +4,7 @@ Item ids become int32 item_index before the shuffle, and a user's events are cut
 `sequences.max_events` before and after the shuffle. So the shuffle moves neither long ids nor all events of a busy
 bot. A user whose events all name unknown items gets a row with an empty history.
 
-E events.
+E events, B users of a shard.
 """
 
 from __future__ import annotations
