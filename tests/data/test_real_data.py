@@ -42,7 +42,7 @@ def test_beauty_histories_are_the_published_sequences():
     settings = EventsSettings(uri="unused", timestamp_unit="position"), SequencesSettings(num_shards=1)
     shuffled = events.take(np.random.default_rng(0).permutation(events.num_rows))
 
-    histories = histories_of(prepare_events(shuffled, *settings, items).drop_columns(["shard"]), 1000)
+    histories, _ = histories_of(prepare_events(shuffled, *settings, items).drop_columns(["shard"]), 1000)
 
     assert histories.num_rows == 22_363
     ordered = events.sort_by([("user_id", "ascending"), ("timestamp", "ascending")])
@@ -63,7 +63,7 @@ def test_beauty_in_days_with_ties_by_position_gives_the_published_sequences():
     shuffled = events.take(np.random.default_rng(0).permutation(events.num_rows))
 
     rows = prepare_events(shuffled, by_day, SequencesSettings(num_shards=1), items)
-    histories = histories_of(rows.drop_columns(["shard"]), 1000)
+    histories, _ = histories_of(rows.drop_columns(["shard"]), 1000)
 
     whole = histories.filter(pc.invert(pc.is_in(histories.column("user_id"), value_set=undated)))
     ordered = dated.sort_by([("user_id", "ascending"), ("timestamp", "ascending")])

@@ -13,7 +13,6 @@ from tiger_ray.core.hashing import shard_of, stable_hash
 from tiger_ray.data.histories import (
     cuts_of,
     decided_by_tie,
-    histories_and_ties_of,
     histories_of,
     item_table_of,
     prepare_events,
@@ -58,7 +57,7 @@ def histories(blocks, max_events, num_shards=2, items=None, settings=PLAIN, **ty
     for shard in range(num_shards):
         rows = prepared.filter(pa.compute.equal(prepared.column("shard"), shard)).drop_columns(["shard"])
         if rows.num_rows:
-            table = histories_of(rows, max_events)
+            table, _ = histories_of(rows, max_events)
             assert table.column("user_id").to_pylist() == sorted(table.column("user_id").to_pylist())
             assert (shard_of(stable_hash(table.column("user_id")), num_shards) == shard).all()
             found |= zip(
@@ -118,6 +117,17 @@ def test_events_of_one_moment_are_ordered_by_tie_not_by_arrival():
     assert histories([block], 9) == histories([block[::-1]], 9) == {"u": by_tie}
 
 
+def hash_tie(user, index):
+    """What orders an item among a user's events of one moment and place, by plain integers."""
+    key = (TIES[index] ^ int(stable_hash(pa.array([user]))[0])) + 0x9E3779B97F4A7C15
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        key %= 2**64
+        key = (key ^ key >> shift) * factor
+    key %= 2**64
+    key ^= key >> 31
+    return key - 2**64 if key >= 2**63 else key
+
+
 placed_event = st.tuples(  # few different ones, so that most are repeats but for the place
     st.sampled_from(["u", "u", "v", None]),
     st.sampled_from(["i0", "i1", "i4", "gone"]),
@@ -138,7 +148,7 @@ def test_histories_with_ties_by_column_equal_a_plain_sort_wherever_the_blocks_ar
             first_place[event] = min(place, first_place.get(event, place))
     expected = {user: [] for user, *_ in events if user is not None}
     for (user, time, index), place in first_place.items():
-        expected[user].append((time, place, TIES[index], index))
+        expected[user].append((time, place, hash_tie(user, index), index))
     expected = {user: [index for *_, index in sorted(rows)][-max_events:] for user, rows in expected.items()}
 
     edges = [0, *sorted(min(cut, len(events)) for cut in cuts), len(events)]
@@ -146,11 +156,15 @@ def test_histories_with_ties_by_column_equal_a_plain_sort_wherever_the_blocks_ar
     assert histories(blocks, max_events, settings=BY_PLACE) == expected
 
 
-def test_a_tie_column_orders_equal_timestamps_only_and_item_id_orders_what_is_equal_in_it():
-    block = [("u", "i0", 2, 1), ("u", "i1", 1, 9), ("u", "i2", 2, 1), ("u", "i3", 2, 0), ("u", "i4", 3, -7)]
-    assert TIES[2] > TIES[0]
-    assert histories([block], 9, settings=BY_PLACE) == {"u": [1, 3, 0, 2, 4]}
-    assert histories([block[::-1]], 9, settings=BY_PLACE) == {"u": [1, 3, 0, 2, 4]}
+def test_a_tie_column_orders_equal_timestamps_only_and_the_hash_orders_what_is_equal_in_it():
+    for user in ("u", "v", "w", "x"):
+        places = {"i0": (2, 1), "i1": (1, 9), "i2": (2, 1), "i3": (2, 0), "i4": (3, -7)}
+        block = [(user, item, *place) for item, place in places.items()]
+        equal = sorted([0, 2], key=lambda index, user=user: hash_tie(user, index))
+        assert histories([block], 9, settings=BY_PLACE) == {user: [1, 3, *equal, 4]}
+        assert histories([block[::-1]], 9, settings=BY_PLACE) == {user: [1, 3, *equal, 4]}
+    first = {min([0, 2], key=lambda index, user=user: hash_tie(user, index)) for user in "uvwxyz"}
+    assert first == {0, 2}
 
 
 def test_a_tie_column_decides_the_order_and_not_what_counts_as_a_repeat():
@@ -181,7 +195,7 @@ def noise_targets(settings, seed=0):
     )
     items = item_table_of(pa.array(ids), settings.ties, seed)
     rows = prepare_events(log, settings, SequencesSettings(num_shards=1), items)
-    table, tied_E = histories_and_ties_of(rows.drop_columns(["shard"]), 50)
+    table, tied_E = histories_of(rows.drop_columns(["shard"]), 50)
     at_B = cuts_of(table, "leave_one_out").test_at_B
     assert decided_by_tie(at_B, np.full(NUM_NOISE_USERS, BASKET), tied_E).all()
     history_UB = table.column("history").combine_chunks().flatten().to_numpy().reshape(-1, BASKET)
@@ -231,7 +245,7 @@ def test_a_tie_decides_a_target_if_another_order_of_the_items_gives_another_targ
     said = {}
     for ties in permutations(range(4)):
         rows = prepare_events(event_table(sorted(log)), PLAIN, split, item_table(ITEMS[:4], ties))
-        table, tied_E = histories_and_ties_of(rows.drop_columns(["shard"]), max_events, moments)
+        table, tied_E = histories_of(rows.drop_columns(["shard"]), max_events, moments)
         lists = table.column("history").to_pylist()
         cuts = cuts_of(table, holdout)
         for name, targets in seen.items():
@@ -279,7 +293,7 @@ def test_rows_have_the_schema_of_the_artifact_and_the_hash_of_the_user():
         SequencesSettings(num_shards=1),
         item_table(),
     )
-    table = histories_of(prepared.drop_columns(["shard"]), 10)
+    table, _ = histories_of(prepared.drop_columns(["shard"]), 10)
     assert table.schema == schemas.sequences(pa.large_string())
     assert table.column("user_id").to_pylist() == ["a", "b"]
     assert table.column("user_hash").to_pylist() == stable_hash(pa.array(["a", "b"])).tolist()

@@ -115,7 +115,9 @@ Items may be unavailable on a later night, so this is far more than a list is lo
 """
 
 
-def histories_of(events: pa.Table, max_events: int, moments: tuple[int, int] | None = None) -> pa.Table:
+def histories_of(
+    events: pa.Table, max_events: int, moments: tuple[int, int] | None = None
+) -> tuple[pa.Table, npt.NDArray[np.bool_]]:
     """Group one shard's events into histories; a repeated event counts once.
 
     A repeat has the user, item and timestamp of another event. With a column `order`, the first of the
@@ -124,22 +126,6 @@ def histories_of(events: pa.Table, max_events: int, moments: tuple[int, int] | N
     Args:
         events: user_id, timestamp int64, tie int64, item_index int32 (-1: unknown item), and perhaps order
             int64. Events with equal timestamps are sorted by order, then by tie.
-        max_events: most recent events kept per user.
-        moments: first tick of the validation period and of the test period; None without a time split.
-
-    Returns:
-        `schemas.sequences` rows sorted by user_id.
-    """
-    return histories_and_ties_of(events, max_events, moments)[0]
-
-
-def histories_and_ties_of(
-    events: pa.Table, max_events: int, moments: tuple[int, int] | None = None
-) -> tuple[pa.Table, npt.NDArray[np.bool_]]:
-    """As `histories_of`, and which events have the moment of the event before them.
-
-    Args:
-        events: as for `histories_of`.
         max_events: most recent events kept per user.
         moments: first tick of the validation period and of the test period; None without a time split.
 
@@ -203,14 +189,14 @@ def decided_by_tie(
     Args:
         target_at_B: place of the target in the history, (B,) int64; -1 for a user without a target.
         lengths_B: events per history, (B,) int64; they sum to E.
-        tied_E: of `histories_and_ties_of`, (E,) bool.
+        tied_E: of `histories_of`, (E,) bool; false for the first event of each history.
     """
-    first_B = np.cumsum(lengths_B) - lengths_B
-    # One place more, for the event after the last event.
+    target_at_B, has_target_B = np.cumsum(lengths_B) - lengths_B + target_at_B, target_at_B >= 0
+    # The event after a user's last event is the first of another user, or this end.
     tied_E = np.append(tied_E, False)
-    at_B = first_B + np.maximum(target_at_B, 0)
-    has_later_B = target_at_B + 1 < lengths_B
-    return (target_at_B >= 0) & (tied_E[at_B] | (has_later_B & tied_E[np.minimum(at_B + 1, len(tied_E) - 1)]))
+    decided_B = np.zeros(len(lengths_B), bool)
+    decided_B[has_target_B] = tied_E[target_at_B[has_target_B]] | tied_E[target_at_B[has_target_B] + 1]
+    return decided_B
 
 
 def seen_events(users: pa.Table, num_items: int, holdouts: Sequence[str]) -> np.ndarray:
@@ -252,11 +238,11 @@ def item_table_of(item_id: pa.Array, ties: str, seed: int) -> pa.Table:
         ties: section `events`.
         seed: of the hash.
     """
-    if ties == "hash":
-        tie = splitmix64(stable_hash(item_id), seed).view(np.int64)
-    else:
+    if ties == "item_id":
         tie = np.empty(len(item_id), np.int64)
         tie[pc.sort_indices(item_id).to_numpy()] = np.arange(len(item_id))
+    else:
+        tie = splitmix64(stable_hash(item_id), seed).view(np.int64)
     return pa.table({"item_id": item_id, "tie": tie})
 
 
@@ -269,8 +255,8 @@ def prepare_events(
         batch: rows of the input.
         events: section `events`: columns, and kinds of events to keep.
         sequences: section `sequences`: number of shards, and the most events per user.
-        items: item_id and tie (int64) of every registered item, in the order of item_index; tie is a hash of the
-            item where `events.ties` is `hash`, else a rank.
+        items: item_id and tie (int64) of every registered item, in the order of item_index; tie is a rank
+            where `events.ties` is `item_id`, else a hash of the item.
     """
     rows = wanted_rows(batch, events)
     complete = is_complete(rows)
@@ -297,7 +283,7 @@ def prepare_events(
     index = rows.column("item_index").to_numpy()
     tie = items.column("tie").to_numpy()[index]
     user_hash = stable_hash(rows.column("user_id"))
-    if events.ties == "hash":
+    if events.ties != "item_id":
         # Mix the user in: an order of items that all users share could be learned from other users.
         tie = splitmix64(tie.view(np.uint64) ^ user_hash).view(np.int64)
     tie = np.where(index >= 0, tie, -1)

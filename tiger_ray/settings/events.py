@@ -29,12 +29,12 @@ class EventsSettings(Section):
     """Kinds of event that count; required with `event_type`."""
     ties: Literal["hash", "item_id", "column"] = "hash"
     """Order of one user's events with equal timestamps: by a hash of user id, item id and seed, by item id, or by
-    the column `tie`. Item ids order all users alike, so that a model learns the order instead of the user: on pure
-    noise the held-out item is then always the highest id. Events of the same user, item and timestamp count once in
+    the column `tie`. Item ids order all users alike: the held-out item is the highest id of its moment, and a model
+    learns this instead of the user's taste. Events of the same user, item and timestamp count once in
     any case."""
     tie: str | None = None
     """Integer column for `ties: column`, smallest first, for example the position of the event in the log. Where
-    it is equal too, the item id decides."""
+    it is equal too, the hash decides."""
     max_unknown_share: Share = 0.05
     """Refuse the events if the item of a larger share of them is not in the catalog."""
     max_null_share: Share = 0.01

@@ -31,7 +31,7 @@ from tiger_ray.data.histories import (
     columns_for,
     cuts_of,
     decided_by_tie,
-    histories_and_ties_of,
+    histories_of,
     holdouts,
     item_table_of,
     popularity_of,
@@ -103,7 +103,7 @@ class _WriteShard:
         self._run, self._max_events, self._moments = run, max_events, moments
 
     def __call__(self, rows: pa.Table, shard: int) -> FileEntry:
-        table, tied_E = histories_and_ties_of(rows, self._max_events, self._moments)
+        table, tied_E = histories_of(rows, self._max_events, self._moments)
         lengths = pc.list_value_length(table.column("history"))
         lengths_B = lengths.to_numpy().astype(np.int64)
         facts = {
@@ -153,7 +153,7 @@ STAGE = Stage(
         "events": context.inputs["events"],
         "semantic_ids": registry_of(context.inputs["semantic_ids"]),
     },
-    draws=lambda settings: settings.events.ties == "hash",
+    draws=lambda settings: settings.events.ties != "item_id",
     compute=_compute,
     format_version=4,
 )
